@@ -1,0 +1,56 @@
+# make             the trainer, ./train_gpt2_mla
+# make test        gradients, checkpoints and all else, with a C compiler alone
+# make shakespeare tinyshakespeare for the default run (needs Python and a network)
+# make sanitize    the tests again under address and undefined-behaviour sanitizers
+# make clean
+#
+# make CC=clang, make OMP= (without OpenMP), make ARCH= (for any processor of this kind).
+
+CC     ?= cc
+# Of -ffast-math only what lets square roots and comparisons become vector instructions: NaN and
+# infinity keep their meaning, sums keep their order.
+CFLAGS ?= -O3 -std=c11 -Wall -Wextra -ffp-contract=fast -fno-math-errno -fno-trapping-math
+LDLIBS  = -lm
+
+# Each of these is used if the compiler takes it.
+try = $(shell echo 'int main(void){return 0;}' | $(CC) $(1) -x c - -o /dev/null 2>/dev/null && echo '$(1)')
+ARCH ?= $(or $(call try,-march=native),$(call try,-mcpu=native))
+BREW := $(shell brew --prefix libomp 2>/dev/null)
+ifneq ($(BREW),)  # macOS: Apple's clang, and OpenMP from Homebrew
+OMP ?= $(call try,-Xclang -fopenmp -I$(BREW)/include -L$(BREW)/lib -lomp)
+endif
+OMP ?= $(or $(call try,-fopenmp),-Wno-unknown-pragmas)
+ifeq ($(OMP),)
+override OMP = -Wno-unknown-pragmas
+endif
+
+# Evaluated once, not per recipe.
+ARCH := $(ARCH)
+OMP  := $(OMP)
+BUILD = $(CC) $(CFLAGS) $(ARCH)
+
+all: train_gpt2_mla
+
+train_gpt2_mla: train_gpt2_mla.c
+	$(BUILD) $< -o $@ $(OMP) $(LDLIBS)
+
+test_mla: test_mla.c train_gpt2_mla.c
+	$(BUILD) -Wno-unused-function $< -o $@ $(OMP) $(LDLIBS)
+
+test_mla_double: test_mla.c train_gpt2_mla.c
+	$(BUILD) -Wno-unused-function -DREAL_DOUBLE $< -o $@ $(OMP) $(LDLIBS)
+
+test: test_mla test_mla_double
+	./test_mla
+
+sanitize:
+	$(MAKE) clean
+	$(MAKE) test train_gpt2_mla CFLAGS="-O1 -g -std=c11 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all"
+
+shakespeare:
+	python3 prepro_tinyshakespeare.py
+
+clean:
+	rm -f train_gpt2_mla test_mla test_mla_double
+
+.PHONY: all test sanitize shakespeare clean

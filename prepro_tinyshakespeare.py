@@ -1,0 +1,309 @@
+#!/usr/bin/env python3
+"""Fetch tinyshakespeare, split it, and write the token files that ./train_gpt2_mla reads.
+
+    python3 prepro_tinyshakespeare.py               one token per byte; needs nothing but Python
+    python3 prepro_tinyshakespeare.py --vocab 1024  trains its own BPE      (pip install tokenizers)
+    python3 prepro_tinyshakespeare.py --gpt2        uses GPT-2's own BPE    (pip install tiktoken)
+
+Three files come out, all little-endian, in the formats of llm.c:
+
+    tinyshakespeare_train.bin, tinyshakespeare_val.bin
+        256 int32   20240520, version 1, number of tokens, zeros
+        uint16      the tokens
+    tinyshakespeare_tokenizer.bin
+        256 uint32  20240328, version 2, vocabulary size, id of the end-of-text token, zeros
+        per token   its length in one byte, then its bytes
+"""
+
+import argparse
+import contextlib
+import hashlib
+import http.client
+import importlib
+import os
+import shlex
+import struct
+import sys
+import urllib.error
+import urllib.request
+
+DATA = os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "data"))
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SIZE = 1115394
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+END_OF_TEXT = "<|endoftext|>"
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_FILES = {  # and their sha256
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+# How GPT-2 cuts text into words before merging: contractions; letters, digits or signs with the
+# blank before them; blanks. No merge crosses a cut.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+# ---- Files and errors: sys.exit with a string prints that one line and exits with status 1 ------
+
+def one_line(error):
+    """An exception's message on a single line (some libraries' messages have several)."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_file(path, option):
+    try:
+        with open(path, "rb") as f:
+            return f.read()
+    except OSError as e:
+        sys.exit(f"error: {option}: cannot read {path}: {e.strerror}")
+
+
+def write_files(files):
+    """Write every file of {path: bytes}, or none: a new vocabulary beside old tokens would be worse
+    than an error. So all are written beside their final names first, and renamed at the end."""
+    parts = {path: f"{path}.{os.getpid()}.part" for path in files}
+    try:
+        for path, content in files.items():
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            with open(parts[path], "wb") as f:
+                f.write(content)
+        for path, part in parts.items():
+            os.replace(part, path)
+    except OSError as e:
+        sys.exit(f"error: cannot write {path}: {e.strerror}")
+    finally:  # after an error or Ctrl-C; on success there is nothing left to remove
+        for part in parts.values():
+            with contextlib.suppress(OSError):
+                os.remove(part)
+
+
+# ---- The text -----------------------------------------------------------------------------------
+
+def difference(text):
+    """How text differs from the known tinyshakespeare; empty if it is the same."""
+    digest = hashlib.sha256(text).hexdigest()
+    return "" if digest == SHA256 else (f"found {len(text)} bytes with sha256 {digest[:12]}..., "
+                                        f"expected {SIZE} with {SHA256[:12]}...")
+
+
+def fetch(url):
+    """Download tinyshakespeare, into memory: so a failure has no half file to clean up."""
+    print(f"fetching {url}", flush=True)
+    text = bytearray()
+    try:
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            length = reply.headers.get("Content-Length", str(SIZE))
+            if length != str(SIZE):  # an error page, most likely
+                raise ValueError(f"found Content-Length {length}, expected {SIZE}")
+            while len(text) <= SIZE:  # a server that never stops sending is not ours
+                chunk = reply.read(1 << 16)
+                if not chunk:
+                    break
+                text += chunk
+                print(f"\r  {len(text)} of {SIZE} bytes ({100 * len(text) // SIZE}%)",
+                      end="", flush=True)
+        if len(text) < SIZE:  # a connection cut half way looks like the end of the file
+            raise ValueError(f"connection closed: found {len(text)} bytes, expected {SIZE}")
+        if difference(text):
+            raise ValueError(difference(text))
+        return bytes(text)
+    except (OSError, http.client.HTTPException, ValueError) as e:
+        if type(e) is urllib.error.URLError:  # a wrapper around the error that matters
+            e = e.reason
+        sys.exit(f"error: cannot fetch {url}: {one_line(e)}; fetch it by hand and pass "
+                 f"--input FILE, or name a mirror with --url")
+    finally:
+        if text:
+            print()  # end the progress line
+
+
+def get_text(args):
+    """The text and its file's name: from --input, from an earlier run or from the network."""
+    kept = os.path.join(args.out_dir, "tinyshakespeare.txt")
+    if args.input is not None:
+        text = read_file(args.input, "--input")
+        if difference(text):
+            print(f"note: {args.input} is not the known tinyshakespeare ({difference(text)}), "
+                  f"so losses will not compare")
+        return text, args.input
+    if os.path.exists(kept):
+        text = read_file(kept, "--out-dir")
+        if difference(text):
+            sys.exit(f"error: {kept}: {difference(text)}; delete it to fetch it again, "
+                     f"or pass it as --input to use it as it is")
+        print(f"using {kept} from an earlier run, nothing fetched")
+    else:
+        text = fetch(args.url)
+        write_files({kept: text})
+    return text, kept
+
+
+def split(text, name):
+    """The first 90% to train on, the last 10% to validate: the split behind nanoGPT's losses."""
+    n = int(len(text) * 0.9)
+    while n > 0 and text[n] & 0xC0 == 0x80:  # not within a character (all bytes here are ASCII,
+        n -= 1                               # but --input may bring others)
+    if n == 0:
+        sys.exit(f"error: {name}: found {len(text)} bytes, expected enough text to split in two")
+    return text[:n], text[n:]
+
+
+# ---- Tokenizers: the bytes of every token, the id that ends a text, and a function bytes -> ids --
+
+def byte_tokenizer():
+    """One token per byte, its id the byte's value. No byte means end of text: newline stands in,
+    since a sample starts after that token, and so at the start of a line."""
+    return [bytes([b]) for b in range(256)], ord("\n"), list
+
+
+def bpe_tokenizer(text, size):
+    """A byte-level BPE with GPT-2's rules, trained on text. Ids are the 256 bytes by value, then
+    the merges in the order learned (which is the order to apply them in), then end of text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    level = pre_tokenizers.ByteLevel  # cuts by GPT2_PATTERN, writes each byte as a visible letter
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = level(add_prefix_space=False, use_regex=True)
+    bpe.train_from_iterator([text.decode()], trainers.BpeTrainer(
+        vocab_size=size - 1, initial_alphabet=level.alphabet(), show_progress=False))
+    learned = bpe.get_vocab_size()
+    if learned != size - 1:
+        sys.exit(f"error: --vocab {size}: found {learned - 256} merges in the training text, "
+                 f"expected {size - 257}; this text allows at most --vocab {learned + 1}")
+
+    # The library sorts the bytes by the letters that stand for them, so their ids need remapping:
+    # a visible byte is its own letter, the other 68 in order are chr(256), chr(257), ...
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    byte_of = {chr(b): b for b in visible}
+    byte_of.update((chr(256 + i), b) for i, b in enumerate(sorted({*range(256)} - {*visible})))
+    theirs = [bytes(byte_of[letter] for letter in bpe.id_to_token(i)) for i in range(learned)]
+    tokens = sorted(t for t in theirs if len(t) == 1) + [t for t in theirs if len(t) > 1]
+    new_id = {token: i for i, token in enumerate(tokens)}
+    remap = [new_id[token] for token in theirs]
+
+    longest = max(map(len, tokens))
+    if longest > 255:  # the tokenizer file has one byte for the length
+        sys.exit(f"error: --vocab {size}: found a token of {longest} bytes, expected 255 at most; "
+                 f"try a smaller --vocab")
+    return (tokens + [END_OF_TEXT.encode()], size - 1,
+            lambda part: [remap[i] for i in bpe.encode(part.decode()).ids])
+
+
+def gpt2_tokenizer(folder):
+    """GPT-2's 50257 tokens: from the network (tiktoken keeps a copy), or from files in folder."""
+    import tiktoken.load
+    if folder is None:
+        try:
+            gpt2 = tiktoken.get_encoding("gpt2")
+        except Exception as e:  # whatever tiktoken and the library it downloads with may raise
+            sys.exit(f"error: --gpt2: cannot fetch GPT-2's vocabulary; fetch vocab.bpe and "
+                     f"encoder.json from {GPT2_URL} by hand and pass --gpt2-files DIR "
+                     f"({one_line(e)})")
+    else:
+        paths = [os.path.join(folder, name) for name in GPT2_FILES]
+        for path, expected in zip(paths, GPT2_FILES.values()):
+            found = hashlib.sha256(read_file(path, "--gpt2-files")).hexdigest()
+            if found != expected:
+                sys.exit(f"error: --gpt2-files: {path}: found sha256 {found[:12]}..., "
+                         f"expected {expected[:12]}..., the file at {GPT2_URL}")
+        os.environ["TIKTOKEN_CACHE_DIR"] = ""  # no copies of files that are here already
+        ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*paths)
+        gpt2 = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                                 special_tokens={END_OF_TEXT: len(ranks)})
+    tokens = [gpt2.decode_single_token_bytes(i) for i in range(gpt2.n_vocab)]
+    return tokens, gpt2.eot_token, lambda part: gpt2.encode_ordinary(part.decode())
+
+
+# ---- The files for the trainer ------------------------------------------------------------------
+
+def token_file(ids):
+    header = struct.pack("<256i", 20240520, 1, len(ids), *[0] * 253)
+    return header + struct.pack(f"<{len(ids)}H", *ids)
+
+
+def tokenizer_file(tokens, eot):
+    header = struct.pack("<256I", 20240328, 2, len(tokens), eot, *[0] * 252)
+    return header + b"".join(bytes([len(token)]) + token for token in tokens)
+
+
+# ---- The command line ---------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print the usage, several lines, as well
+        self.exit(2, f"error: {message}; see --help\n")
+
+
+def parse_arguments():
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+               allow_abbrev=False)
+    p.add_argument("--vocab", type=int, metavar="N",
+                   help="train a BPE of N tokens on the training part (default: bytes)")
+    p.add_argument("--gpt2", action="store_true", help="use GPT-2's tokenizer, 50257 tokens")
+    p.add_argument("--gpt2-files", metavar="DIR",
+                   help="the same, from DIR/vocab.bpe and DIR/encoder.json: needs no network")
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--input", metavar="FILE", help="read this text instead of fetching it")
+    source.add_argument("--url", default=URL, help="fetch the same text from a mirror")
+    p.add_argument("--out-dir", metavar="DIR", default=DATA,
+                   help="where the files go (default: data, beside this script)")
+    args = p.parse_args()
+    args.gpt2 = args.gpt2 or args.gpt2_files is not None
+    # At least the 256 bytes and end of text; at most what 16 bits can number.
+    if args.vocab is not None and not 257 <= args.vocab <= 65535:
+        p.error(f"--vocab: found {args.vocab}, expected a number from 257 to 65535")
+    if args.vocab and args.gpt2:
+        p.error("--vocab and --gpt2: found both, expected at most one of them")
+    if os.path.exists(args.out_dir) and not os.path.isdir(args.out_dir):
+        sys.exit(f"error: --out-dir {args.out_dir}: found a file, expected a directory")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    package = "tokenizers" if args.vocab else "tiktoken" if args.gpt2 else None
+    if package:  # if it is missing, say so before anything is fetched
+        try:
+            importlib.import_module(package)
+        except ImportError as e:
+            sys.exit(f"error: the package {package} is missing: pip install {package} "
+                     f"({one_line(e)})")
+
+    text, name = get_text(args)
+    if package:
+        try:
+            text.decode()
+        except UnicodeDecodeError as e:
+            sys.exit(f"error: {name}: found byte {text[e.start]:#04x} at offset {e.start}, "
+                     f"expected UTF-8 (without --vocab or --gpt2, any bytes will do)")
+
+    # Split first: the vocabulary is learned from the training part, and no token spans both parts.
+    train, val = split(text, name)
+    tokens, eot, encode = (bpe_tokenizer(train, args.vocab) if args.vocab else
+                           gpt2_tokenizer(args.gpt2_files) if args.gpt2 else byte_tokenizer())
+    base = os.path.join(args.out_dir, "tinyshakespeare_")
+    files, summary = {}, []
+    for kind, part in (("train", train), ("val", val)):
+        ids = encode(part)
+        if b"".join(tokens[i] for i in ids) != part:
+            sys.exit(f"error: {name}: the tokens of the {kind} part decode to another text, "
+                     f"expected the same; please report this, with your version of {package}")
+        files[f"{base}{kind}.bin"] = token_file(ids)
+        summary.append(f"{len(ids)} tokens, {len(part) / len(ids):.3f} bytes per token")
+    files[f"{base}tokenizer.bin"] = tokenizer_file(tokens, eot)
+    summary.append(f"vocabulary of {len(tokens)}, end of text is {eot} ({tokens[eot].decode()!r})")
+    write_files(files)
+
+    for path, line in zip(files, summary):
+        print(f"{path:<{len(base) + len('tokenizer.bin')}}  {line}")
+    command = "./train_gpt2_mla"
+    if args.out_dir != "data":  # where the trainer looks by itself
+        for option, path in zip(("--train-data", "--val-data", "--tokenizer"), files):
+            command += f" {option} {shlex.quote(path)}"
+    print(f"now run: {command}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted, no half-written file is left", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,520 @@
+/*
+Tests of train_gpt2_mla.c, which is included below: `make test`. They need a C compiler alone.
+
+The same tests are built twice. test_mla computes in float, as training does; test_mla_double
+(-DREAL_DOUBLE) in double, where rounding is out of the way: there finite differences check
+every gradient, so that an attention of your own can be trusted without another framework.
+test_mla runs test_mla_double too and adds up; its last line is `N passed, M failed`.
+
+    matrix product, exp       against plain loops and libm
+    reference dumps           dev/reference/: logits, loss, gradients and 10 AdamW steps of every
+                              kind of attention, computed in PyTorch by dev/make_reference.py
+    finite differences        of the loss, along directions in every parameter tensor (double)
+    gradient accumulation, threads, batches, evaluation, schedule, dropout, sampling, files
+*/
+#define TESTING
+#include "train_gpt2_mla.c"
+#include <dirent.h>
+
+static int passed, failed;
+
+// One check: a value that must not exceed its bound. NaN fails.
+static void check_below(const char *what, const char *detail, double value, double bound) {
+    if (value <= bound) { passed++; return; }
+    failed++;
+    printf("FAILED %s %s: %.3g, expected at most %.3g\n", what, detail, value, bound);
+}
+
+static void check(const char *what, const char *detail, int holds) {
+    if (holds) { passed++; return; }
+    failed++;
+    printf("FAILED %s %s\n", what, detail);
+}
+
+static double relative_error(const real *x, const real *reference, size_t n) {  // ||x - ref|| / ||ref||
+    double error = 0, norm = 0;
+    for (size_t i = 0; i < n; i++) {
+        error += ((double)x[i] - reference[i]) * ((double)x[i] - reference[i]);
+        norm += (double)reference[i] * reference[i];
+    }
+    return sqrt(error / norm);
+}
+
+// Bounds. Sums of the lengths here lose about sqrt(length) units in the last place; the dumps
+// themselves are rounded to float, 6e-8.
+#ifdef REAL_DOUBLE
+static const double EPS = 2.3e-16, DUMP = 1e-6;
+#else
+static const double EPS = 1.2e-7, DUMP = 1e-4;
+#endif
+
+// --- Matrix product
+
+// c = start + a b by definition, and the sum of |terms| of each element, which bounds the error
+static void matmul_plain(double *c, double *size, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < N; j++) {
+            double sum = start ? start[i * start_row + j] : 0, terms = fabs(sum);
+            for (int k = 0; k < K; k++) {
+                double term = (double)a.p[i * a.row + k * a.col] * b.p[k * b.row + j * b.col];
+                sum += term;
+                terms += fabs(term);
+            }
+            c[i * N + j] = sum, size[i * N + j] = terms;
+        }
+}
+
+static void test_matmul(void) {
+    static const int shapes[][3] = {{1, 1, 1}, {1, 7, 5}, {2, 3, 400}, {5, 33, 1}, {6, 16, 8}, {7, 17, 9}, {8, 32, 384},
+        {13, 64, 385}, {63, 31, 100}, {64, 129, 70}, {65, 1, 65}, {97, 75, 33}, {130, 1025, 3}, {3, 2050, 17}, {66, 40, 800}};
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
+        int M = shapes[s][0], N = shapes[s][1], K = shapes[s][2], pad = 3;
+        long c_row = N + pad;  // rows of c lie apart: what is between them must stay
+        real *a = allocate(M * K * sizeof(real), "a"), *b = allocate(K * N * sizeof(real), "b");
+        real *c = allocate(M * c_row * sizeof(real), "c"), *bias = allocate(N * sizeof(real), "bias");
+        double *expected = allocate(M * N * sizeof(double), "c"), *size = allocate(M * N * sizeof(double), "c");
+        for (int i = 0; i < M * K; i++) a[i] = random_normal(1, i);
+        for (int i = 0; i < K * N; i++) b[i] = random_normal(2, i);
+        for (int i = 0; i < N; i++) bias[i] = random_normal(3, i);
+        // every pair of transposes; start from zero, from a bias, from c; then the serial one
+        for (int variant = 0; variant < 4 * 5; variant++) {
+            Mat A = variant & 1 ? transposed(a, M) : rows_of(a, K), B = variant & 2 ? transposed(b, K) : rows_of(b, N);
+            int kind = variant / 4;
+            for (int i = 0; i < M * c_row; i++) c[i] = random_normal(4, i);
+            const real *start = kind == 1 ? bias : kind == 2 || kind == 4 ? c : NULL;
+            long start_row = kind == 1 ? 0 : c_row;
+            matmul_plain(expected, size, A, B, M, N, K, start, start_row);
+            if (kind < 3) matmul(c, c_row, A, B, M, N, K, start, start_row);
+            else matmul_serial(c, c_row, A, B, M, N, K, kind == 4);
+            double worst = 0;
+            int outside = 0;
+            for (int i = 0; i < M; i++) {
+                for (int j = 0; j < N; j++)
+                    worst = fmax(worst, fabs(c[i * c_row + j] - expected[i * N + j]) / (size[i * N + j] * EPS * (1 + sqrt(K))));
+                for (int j = N; j < c_row; j++) outside += c[i * c_row + j] != (real)random_normal(4, i * c_row + j);
+            }
+            char detail[80];
+            snprintf(detail, sizeof detail, "%dx%dx%d, variant %d", M, N, K, variant);
+            check_below("matmul: rounding errors", detail, worst, 2);
+            check("matmul: writes between rows", detail, outside == 0);
+        }
+        free(a), free(b), free(c), free(bias), free(expected), free(size);
+    }
+}
+
+static void test_exp(void) {
+    double worst = 0;
+    for (double x = -87; x <= 88; x += 0.00037) worst = fmax(worst, fabs(fast_exp(x) / exp((real)x) - 1));
+    check_below("fast_exp", "relative error on [-87, 88]", worst, sizeof(real) == 4 ? 2e-7 : 1e-15);
+    check("fast_exp", "of NaN is NaN", isnan(fast_exp(NAN)));
+    check("fast_exp", "of -1000 is about 0", fast_exp(-1000) < 1e-37);
+    check("fast_exp", "of 0 is 1", fast_exp(0) == 1);
+}
+
+// --- Reference dumps, and finite differences on the same models
+
+typedef struct {
+    Model *m;
+    Checkpoint file;
+    int B, T, *x, *y;
+} Case;
+
+static Case case_open(const char *path) {
+    Case c = {.file = checkpoint_open(path)};
+    Config config = checkpoint_config(&c.file);
+    const Entry *tokens = checkpoint_find(&c.file, "ref.tokens");
+    c.m = model_create(&config, 1);
+    checkpoint_read_model(&c.file, c.m, 0);
+    c.B = tokens->shape[0], c.T = tokens->shape[1] - 1;
+    model_reserve(c.m, c.B, c.T, 1);
+    c.m->head_rows = 64;  // so that the loss comes in several slices, the last one short
+    real *values = allocate(c.B * (c.T + 1) * sizeof(real), path);
+    checkpoint_read(&c.file, "ref.tokens", values, c.B, c.T + 1);
+    c.x = allocate(2 * sizeof(int) * c.B * c.T, path), c.y = c.x + c.B * c.T;
+    for (int b = 0; b < c.B; b++)
+        for (int t = 0; t < c.T; t++) {
+            c.x[b * c.T + t] = values[b * (c.T + 1) + t];
+            c.y[b * c.T + t] = values[b * (c.T + 1) + t + 1];
+        }
+    free(values);
+    return c;
+}
+
+static void case_close(Case *c) {
+    checkpoint_close(&c->file);
+    model_free(c->m);
+    free(c->x);
+}
+
+static void clear_gradients(Model *m) { memset(m->grads, 0, m->block * sizeof(real)); }
+
+static double meta_number(const Checkpoint *file, const char *key) {
+    const char *value = checkpoint_meta(file, key);
+    return value ? strtod(value, NULL) : NAN;
+}
+
+static void test_dump(const char *path) {
+    Case c = case_open(path);
+    Model *m = c.m;
+    int N = c.B * c.T, C = m->c.C, V = m->c.V;
+    char name[96];
+    real *logits = allocate(N * V * sizeof(real), path), *logits_ref = allocate(N * V * sizeof(real), path);
+    real loss_ref, losses[10], norms[10], *g_ref = allocate(m->block * sizeof(real), path);
+
+    // logits are dumped as (B, T, V): the reader, which takes matrices, sees the entry flattened
+    Entry *e = (Entry *)checkpoint_find(&c.file, "ref.logits");
+    e->dims = 2, e->shape[0] = N, e->shape[1] = V;
+    checkpoint_read(&c.file, "ref.logits", logits_ref, N, V);
+    forward(m, c.x, c.B, c.T, 1);
+    norm_forward(m->norm, m->x_final, C, m->w[0][LNF_W], m->w[0][LNF_B], N, C, LAYERNORM);
+    head_forward(m, logits, m->norm, N);
+    check_below(path, "logits", relative_error(logits, logits_ref, N * V), DUMP);
+
+    checkpoint_read(&c.file, "ref.loss", &loss_ref, 1, 0);
+    double alone = forward_loss(m, c.x, c.y, c.B, c.T) / N, loss = forward_backward(m, c.x, c.y, c.B, c.T, 1);
+    check_below(path, "loss", fabs(loss / loss_ref - 1), DUMP / 10);
+    check_below(path, "loss without gradients", fabs(alone / loss_ref - 1), DUMP / 10);
+    for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
+        snprintf(name, sizeof name, "ref.grad.%s", t->name);
+        checkpoint_read(&c.file, name, g_ref, t->rows, t->cols);
+        check_below(path, name, relative_error(m->grads + t->offset, g_ref, t->size), DUMP);
+    }
+
+    clear_gradients(m);
+    checkpoint_read(&c.file, "ref.losses", losses, 10, 0);
+    checkpoint_read(&c.file, "ref.norms", norms, 10, 0);
+    AdamW adam = {meta_number(&c.file, "ref.beta1"), meta_number(&c.file, "ref.beta2"), meta_number(&c.file, "ref.eps"),
+                  meta_number(&c.file, "ref.weight_decay")};
+    double lr = meta_number(&c.file, "ref.learning_rate"), clip = meta_number(&c.file, "ref.grad_clip");
+    for (int step = 0; step < 10; step++) {
+        snprintf(name, sizeof name, "after %d AdamW steps", step);
+        loss = forward_backward(m, c.x, c.y, c.B, c.T, 1);
+        double norm = gradient_norm(m);
+        check_below(path, name, fabs(loss - losses[step]), DUMP);
+        check_below("gradient norm", name, fabs(norm / norms[step] - 1), DUMP);
+        adamw_update(m, &adam, lr, step + 1, clip_scale(norm, clip));
+    }
+    free(logits), free(logits_ref), free(g_ref);
+    case_close(&c);
+}
+
+#ifdef REAL_DOUBLE
+// d/dh loss(w + h u) at 0, against <gradient, u>: u is the gradient's own direction plus a random
+// one, so an error in any element shows. Central differences of fourth order, h 1e-3.
+static void test_finite_differences(const char *path, float dropout) {
+    static const double at[] = {1, -1, 2, -2}, weight[] = {8, -8, -1, 1};
+    const double h = 1e-3;
+    Case c = case_open(path);
+    Model *m = c.m;
+    m->dropout = dropout, m->dropout_key = 99;
+    forward_backward(m, c.x, c.y, c.B, c.T, 1);
+    for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
+        real *w = m->params + t->offset, *g = m->grads + t->offset;
+        double *u = allocate(t->size * sizeof(double), path), *w0 = allocate(t->size * sizeof(double), path);
+        double norm = 0, along = 0, slope = 0;
+        for (size_t i = 0; i < t->size; i++) norm += g[i] * g[i];
+        norm = sqrt(norm);
+        for (size_t i = 0; i < t->size; i++) {
+            u[i] = g[i] / norm + random_normal(7, i) / sqrt(t->size);
+            along += g[i] * u[i];
+            w0[i] = w[i];
+        }
+        for (int k = 0; k < 4; k++) {
+            for (size_t i = 0; i < t->size; i++) w[i] = w0[i] + h * at[k] * u[i];
+            slope += weight[k] * forward_loss(m, c.x, c.y, c.B, c.T) / (c.B * c.T) / (12 * h);
+        }
+        for (size_t i = 0; i < t->size; i++) w[i] = w0[i];
+        char what[200];
+        snprintf(what, sizeof what, "%s, dropout %.1f, finite differences", path, dropout);
+        check_below(what, t->name, fabs(slope - along) / norm, 1e-6);
+        free(u), free(w0);
+    }
+    case_close(&c);
+}
+#endif
+
+static int by_name(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+
+static void test_references(void) {
+    char *files[64];
+    int n = 0;
+    DIR *folder = opendir("dev/reference");
+    for (struct dirent *e; folder && (e = readdir(folder));)
+        if (strstr(e->d_name, ".safetensors") && n < 64) {
+            files[n] = allocate(strlen(e->d_name) + 16, "file name");
+            sprintf(files[n++], "dev/reference/%s", e->d_name);
+        }
+    if (folder) closedir(folder);
+    check("dev/reference", "holds a dump of every row of the attention table", n >= 13);
+    qsort(files, n, sizeof *files, by_name);
+    for (int i = 0; i < n; i++) {
+        test_dump(files[i]);
+#ifdef REAL_DOUBLE
+        test_finite_differences(files[i], 0);
+        if (strstr(files[i], "mla_decoupled.") || strstr(files[i], "mha_learned.")) test_finite_differences(files[i], 0.2);
+#endif
+        free(files[i]);
+    }
+}
+
+// --- The rest of training
+
+static Model *small_model(int attention, int position, int B, int T) {
+    Config c = {.attention = attention, .position = position, .latent_norm = LAYERNORM, .L = 2, .NH = 4, .NKV = -1, .C = 32,
+                .block_size = T, .V = 50, .RQ = -1, .R = -1, .RD = -1};
+    config_complete(&c, "test");
+    Model *m = model_create(&c, 1);
+    model_init(m, 5);
+    for (size_t i = 0; i < m->block; i++) m->params[i] += (real)(0.1 * random_normal(6, i));
+    model_reserve(m, B, T, 1);
+    return m;
+}
+
+static void random_tokens(int *x, int n, int V) {
+    for (int i = 0; i < n; i++) x[i] = random_bits(8, i) % V;
+}
+
+static void test_accumulation(void) {  // two halves of a batch give the gradient of the whole
+    int B = 4, T = 70, x[4 * 70], y[4 * 70];
+    Model *m = small_model(MLA, DECOUPLED, B, T);
+    random_tokens(x, B * T, m->c.V), random_tokens(y, B * T, m->c.V);
+    double whole = forward_backward(m, x, y, B, T, 1), halves = 0;
+    real *g = allocate(m->block * sizeof(real), "gradients");
+    memcpy(g, m->grads, m->block * sizeof(real));
+    clear_gradients(m);
+    for (int i = 0; i < 2; i++) halves += forward_backward(m, x + i * B / 2 * T, y + i * B / 2 * T, B / 2, T, 0.5) / 2;
+    check_below("accumulation", "loss", fabs(halves / whole - 1), 20 * EPS);
+    for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++)
+        check_below("accumulation", t->name, relative_error(m->grads + t->offset, g + t->offset, t->size), 100 * EPS);
+    free(g);
+    model_free(m);
+}
+
+static void test_threads(void) {  // the same bits from any number of threads
+#ifdef _OPENMP
+    static const int kinds[][2] = {{MHA, LEARNED}, {GQA, ROPE}, {MQA, ROPE}, {MLA, DECOUPLED}};
+    static const int threads[] = {1, 2, 3, 5};
+    int B = 3, T = 70, x[3 * 70], y[3 * 70], before = omp_get_max_threads();
+    for (int k = 0; k < 4; k++) {
+        real *first = NULL;
+        for (int i = 0; i < 4; i++) {
+            omp_set_num_threads(threads[i]);
+            Model *m = small_model(kinds[k][0], kinds[k][1], B, T);
+            m->dropout = 0.1f;
+            AdamW adam = {0.9, 0.99, 1e-8, 0.1};
+            random_tokens(x, B * T, m->c.V), random_tokens(y, B * T, m->c.V);
+            for (int step = 1; step <= 3; step++) {
+                forward_backward(m, x, y, B, T, 1);
+                adamw_update(m, &adam, 1e-3, step, clip_scale(gradient_norm(m), 0.5));
+            }
+            if (!first) {
+                first = allocate(m->block * sizeof(real), "parameters");
+                memcpy(first, m->params, m->block * sizeof(real));
+            }
+            check("threads: same parameters after 3 steps", attention_names[kinds[k][0]],
+                  !memcmp(first, m->params, m->block * sizeof(real)));
+            model_free(m);
+        }
+        free(first);
+    }
+    omp_set_num_threads(before);
+#endif
+}
+
+static void test_batches(void) {
+    enum { N = 101, B = 2, T = 10 };
+    uint16_t tokens[N];
+    int x[B * T], y[B * T];
+    Data d = {.tokens = tokens, .n = N};
+    for (int i = 0; i < N; i++) tokens[i] = i;
+    for (int index = 0; index < 7; index++) {  // 100 targets hold 5 batches of 20
+        next_batch(&d, SEQUENTIAL, 1, index, x, y, B, T);
+        int right = 1;
+        for (int i = 0; i < B * T; i++) right &= x[i] == index % 5 * 20 + i && y[i] == x[i] + 1;
+        check("batches", "sequential, from the start again at the end", right);
+    }
+    int seen_first = 0, seen_last = 0, right = 1;
+    for (int index = 0; index < 2000; index++) {
+        next_batch(&d, RANDOM, 1, index, x, y, B, T);
+        for (int b = 0; b < B; b++) {
+            seen_first |= x[b * T] == 0, seen_last |= y[b * T + T - 1] == N - 1;
+            for (int t = 0; t < T; t++) right &= x[b * T + t] == x[b * T] + t && y[b * T + t] == x[b * T + t] + 1;
+        }
+    }
+    check("batches", "random rows are stretches of the data", right);
+    check("batches", "random rows reach both ends", seen_first && seen_last);
+}
+
+static void test_evaluation(void) {  // each window by itself must give the same, whatever the batch
+    enum { N = 95, T = 10 };
+    uint16_t tokens[N];
+    Data d = {.tokens = tokens, .n = N};
+    Model *m = small_model(GQA, ROPE, 4, T);
+    Tokenizer bytes = tokenizer_bytes();
+    int x[N], y[N];
+    for (int i = 0; i < N; i++) tokens[i] = random_bits(9, i) % m->c.V;
+    double sum = 0;
+    for (int w = 0; w < N - 1; w += T) {
+        int length = min_int(T, N - 1 - w);
+        for (int i = 0; i < length; i++) x[i] = tokens[w + i], y[i] = tokens[w + i + 1];
+        sum += forward_loss(m, x, y, 1, length);
+    }
+    m->dropout = 0.5f;  // which evaluation must not apply
+    for (int B = 1; B <= 4; B++) {
+        Evaluation e = evaluate(m, &d, &bytes, B, T, 0);
+        check("evaluation", "predicts every token but the first once", e.tokens == N - 1);
+        check_below("evaluation", "loss", fabs(e.loss / (sum / (N - 1)) - 1), 20 * EPS);
+        check_below("evaluation", "bits per byte", fabs(e.bits_per_byte / (e.loss / log(2)) - 1), 1e-12);
+    }
+    check("evaluation", "of some batches", evaluate(m, &d, &bytes, 2, T, 2).tokens == 2 * 2 * T);
+    check("evaluation", "leaves dropout as it was", m->dropout == 0.5f);
+    free(bytes.bytes), free(bytes.start);
+    model_free(m);
+}
+
+static void test_schedule(void) {
+    Schedule s = {COSINE, 110, 10, 2e-3, 4e-4};
+    check_below("schedule", "first step", fabs(learning_rate_at(&s, 0) / (2e-3 / 11) - 1), 1e-12);
+    check_below("schedule", "last warm-up step", fabs(learning_rate_at(&s, 9) / (2e-3 * 10 / 11) - 1), 1e-12);
+    check_below("schedule", "peak", fabs(learning_rate_at(&s, 10) / 2e-3 - 1), 1e-12);
+    check_below("schedule", "a quarter down", fabs(learning_rate_at(&s, 35) / (4e-4 + 1.6e-3 * (0.5 + sqrt(0.125))) - 1), 1e-12);
+    check_below("schedule", "half way", fabs(learning_rate_at(&s, 60) / 1.2e-3 - 1), 1e-12);
+    check_below("schedule", "floor", fabs(learning_rate_at(&s, 110) / 4e-4 - 1), 1e-12);
+    s.kind = CONSTANT;
+    check_below("schedule", "constant", fabs(learning_rate_at(&s, 100) / 2e-3 - 1), 1e-12);
+    check_below("schedule", "constant, warming up", fabs(learning_rate_at(&s, 4) / (2e-3 * 5 / 11) - 1), 1e-12);
+    check("clipping", "off, below and above the bound",
+          clip_scale(5, 0) == 1 && clip_scale(5, 6) == 1 && clip_scale(5, 1) == 0.2);
+}
+
+static void test_randomness(void) {
+    enum { N = 200000 };
+    Model *m = small_model(MHA, LEARNED, 1, 8);
+    double kept = 0, sum = 0, square = 0;
+    m->dropout = 0.25f, m->dropout_key = 3;
+    for (int i = 0; i < N; i++) {
+        double scale = dropout_scale(m, 1, i);
+        kept += scale != 0;
+        sum += scale;
+    }
+    // five standard deviations of the means of N draws
+    check_below("dropout", "keeps 3 of 4", fabs(kept / N - 0.75), 5 * sqrt(0.75 * 0.25 / N));
+    check_below("dropout", "keeps the mean", fabs(sum / N - 1), 5 * sqrt(0.25 / 0.75 / N));
+    sum = 0;
+    for (int i = 0; i < N; i++) {
+        double z = random_normal(11, i);
+        sum += z, square += z * z;
+    }
+    check_below("random normal", "mean 0", fabs(sum / N), 5 / sqrt(N));
+    check_below("random normal", "variance 1", fabs(square / N - 1), 5 * sqrt(2.0 / N));
+    model_init(m, 1);
+    for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
+        double wanted = !t->cols ? (strstr(t->name, "weight") ? 1 : 0) : strstr(t->name, "c_proj") ? 0.02 / 2 : 0.02;
+        square = 0;
+        for (size_t i = 0; i < t->size; i++) square += (double)m->params[t->offset + i] * m->params[t->offset + i];
+        check_below("initialization", t->name, fabs(sqrt(square / t->size) - wanted), t->cols ? 5 * wanted / sqrt(2.0 * t->size) : 0);
+    }
+    model_free(m);
+}
+
+static void test_sampling(void) {
+    enum { N = 100000 };
+    int counts[4] = {0};
+    for (int i = 0; i < N; i++) {
+        real logits[4] = {0, 1, 2, -1};
+        counts[sample_token(logits, 4, 0.5, random_uniform(12, i))]++;
+    }
+    double sum = exp(0) + exp(2) + exp(4) + exp(-2);
+    for (int v = 0; v < 4; v++) {
+        double p = exp((double[]){0, 2, 4, -2}[v]) / sum;
+        check_below("sampling", "follows softmax(logits / temperature)", fabs((double)counts[v] / N - p), 5 * sqrt(p * (1 - p) / N));
+    }
+    real logits[4] = {0, 1, 2, -1};
+    check("sampling", "temperature 0 takes the likeliest", sample_token(logits, 4, 0, 0.999) == 2);
+}
+
+// --- Files
+
+static int same_files(const char *a, const char *b) {
+    size_t na, nb;
+    unsigned char *x = read_file(a, &na), *y = read_file(b, &nb);
+    int same = na == nb && !memcmp(x, y, na);
+    free(x), free(y);
+    return same;
+}
+
+static void test_checkpoints(void) {
+    static const int kinds[][2] = {{MHA, LEARNED}, {MHA, DECOUPLED}, {GQA, ROPE}, {MQA, LEARNED}, {MLA, LEARNED}, {MLA, DECOUPLED}};
+    char a[] = "/tmp/test_mla_a_XXXXXX", b[] = "/tmp/test_mla_b_XXXXXX";
+    close(mkstemp(a)), close(mkstemp(b));
+    for (int k = 0; k < 6; k++) {
+        Model *m = small_model(kinds[k][0], kinds[k][1], 1, 8);
+        RunState state = {.step = 17, .seed = 12345678901234567u};
+        for (size_t i = 0; i < m->block; i++) {  // floats, so that the double build loses nothing either
+            m->params[i] = (float)m->params[i], m->adam_m[i] = (float)random_normal(1, i), m->adam_v[i] = (float)random_normal(2, i);
+        }
+        for (int with_state = 0; with_state < 2; with_state++) {
+            checkpoint_save(m, a, with_state ? &state : NULL);
+            Checkpoint file = checkpoint_open(a);
+            Config c = checkpoint_config(&file);
+            Model *loaded = model_create(&c, 1);
+            checkpoint_read_model(&file, loaded, with_state);
+            check("checkpoint", "configuration comes back", !memcmp(&c, &m->c, sizeof c));
+            int same = 1;
+            for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++)
+                for (int part = 0; part < (with_state ? 3 : 1); part++)
+                    same &= !memcmp(part_of(m, part) + t->offset, part_of(loaded, part) + t->offset, t->size * sizeof(real));
+            check("checkpoint", "tensors come back bit for bit", same);
+            checkpoint_save(loaded, b, with_state ? &state : NULL);
+            check("checkpoint", "saved again is the same file", same_files(a, b));
+            checkpoint_close(&file);
+            model_free(loaded);
+        }
+        model_free(m);
+    }
+    remove(a), remove(b);
+}
+
+static void test_cache_sizes(void) {  // the experiments' figures (floats per token, all layers)
+    static const struct { int attention, position, L, C; long floats; } rows[] = {
+        {MHA, ROPE, 8, 512, 8192}, {MLA, DECOUPLED, 8, 512, 2856}, {MLA, LEARNED, 8, 512, 2728}, {MQA, ROPE, 8, 512, 512},
+        {MHA, LEARNED, 24, 1024, 49152}, {MLA, LEARNED, 24, 1024, 16368}, {MQA, LEARNED, 24, 1024, 3072}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        Config c = {.attention = rows[i].attention, .position = rows[i].position, .latent_norm = LAYERNORM, .L = rows[i].L,
+                    .NH = 16, .NKV = -1, .C = rows[i].C, .block_size = 1024, .V = 256, .RQ = -1, .R = -1, .RD = -1};
+        config_complete(&c, "test");
+        check("cache floats per token", attention_names[rows[i].attention], cache_floats(&c) == rows[i].floats);
+    }
+}
+
+// Runs the build in double and adds its counts to ours.
+static void run_double(const char *self) {
+    char command[4096], line[1024];
+    int p = -1, f = -1;
+    snprintf(command, sizeof command, "%s_double", self);
+    FILE *pipe = popen(command, "r");
+    while (pipe && fgets(line, sizeof line, pipe))
+        if (sscanf(line, "%d passed, %d failed", &p, &f) != 2) fputs(line, stdout);
+    int status = pipe ? pclose(pipe) : -1;
+    if (p < 1 || f < 0 || (status != 0) != (f > 0)) check(command, "must run to its end", 0);
+    else passed += p, failed += f;
+}
+
+int main(int argc, char **argv) {
+    (void)argc;
+    test_matmul();
+    test_exp();
+    test_references();
+    test_accumulation();
+    test_threads();
+    test_batches();
+    test_evaluation();
+    test_schedule();
+    test_randomness();
+    test_sampling();
+    test_checkpoints();
+    test_cache_sizes();
+    if (sizeof(real) == sizeof(float)) run_double(argv[0]);
+    printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}

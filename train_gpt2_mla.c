@@ -1,0 +1,2221 @@
+/*
+train_gpt2_mla: train a GPT-2 whose attention is multi-head (MHA), grouped- or multi-query
+(GQA, MQA) or multi-head latent attention (MLA), on a CPU, in one C file.
+
+HOW TO READ THIS FILE
+Top to bottom. Each chapter uses only what stands above it; every backward stands under its
+forward and names the derivative that it implements. Numbers such as (14) are equations of
+the writeup, doc/writeup.md, which derives what is only used here.
+
+    1  Ground            numbers, errors, threads, randomness that needs no state
+    2  The model         its configuration and the one table of parameter tensors
+    3  Matrix product    the only hot loop: packed panels and a register tile
+    4  Layers            linear, norms, GELU, dropout, rotary embedding
+    5  Attention core    softmax(q k') v and its backward, for every kind of attention
+    6  Front ends        how x becomes q, k, v: MHA/GQA/MQA, then MLA
+    7  The network       block, head and loss; forward and backward through all of it
+    8  Optimizer         AdamW, clipping, learning-rate schedule
+    9  Data              token files, text files, tokenizers, batches
+   10  Checkpoints       safetensors, written and read
+   11  Training          samples, validation, the loop
+   12  Command line      options, and main
+
+NOTATION (the writeup uses the same)
+    B  sequences in a batch      T  tokens in a sequence    N = B*T  tokens in a batch
+    L  layers                    C  channels                V  vocabulary size
+    NH query heads               NKV key/value heads        HS = C/NH  head size
+    R  kv_rank                   RQ q_rank                  RD rope_dim
+    NOPE = HS - RD when the rotary part of a head is split off (position `decoupled`), else HS
+Arrays are row-major; a comment such as (N, C) gives the shape. Weights are (out, in), as in
+PyTorch. The gradient of the loss with respect to x is called dx.
+
+TO ADD YOUR OWN ATTENTION
+  - give its kind a name in chapter 2 and list its tensors in the table there (places marked
+    [ATTENTION 1]): checkpoints, optimizer and gradient checks then know of them;
+  - write its front end in chapter 6, a forward and a backward ([ATTENTION 2]);
+  - run `make test`: finite differences in double precision say whether the backward is right.
+*/
+#define _POSIX_C_SOURCE 200809L
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else  // without OpenMP the same code runs on one thread
+static int omp_get_max_threads(void) { return 1; }
+static int omp_get_thread_num(void) { return 0; }
+#endif
+
+// ============================================================================================
+// 1  GROUND
+// ============================================================================================
+
+// The scalar type. Training uses float; -DREAL_DOUBLE builds the same program in double, in
+// which finite differences check gradients to six digits and more (test_mla.c).
+#ifdef REAL_DOUBLE
+typedef double real;
+#else
+typedef float real;
+#endif
+
+// Says what is wrong, on one line, and ends the program. Status 1: a file, the machine or the
+// numbers; status 2: the command line.
+static void fail(int status, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fflush(stdout);
+    fputs("train_gpt2_mla: ", stderr);
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+    exit(status);
+}
+
+static const double PI = 3.14159265358979323846;
+static int min_int(int a, int b) { return a < b ? a : b; }
+static int max_int(int a, int b) { return a > b ? a : b; }
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+// Memory of `bytes`, zeroed, aligned to a cache line; `what` names it should there be too little.
+static void *allocate(size_t bytes, const char *what) {
+    void *p = aligned_alloc(64, (bytes + 64) & ~(size_t)63);
+    if (!p) fail(1, "%s: %.1f MB of memory needed, and not to be had", what, bytes / 1e6);
+    memset(p, 0, bytes);
+    return p;
+}
+
+// An arena hands out consecutive pieces of one allocation. A layout function that takes its
+// pieces is run twice: with no base it only counts, then it places.
+typedef struct {
+    real *base;
+    size_t used;  // in reals
+} Arena;
+
+static real *take(Arena *arena, size_t n) {
+    real *p = arena->base ? arena->base + arena->used : NULL;
+    arena->used += (n + 15) & ~(size_t)15;  // every piece starts on a cache line
+    return p;
+}
+
+// Randomness without state: number i of stream `key` is a hash of the two (the finalizer of
+// SplitMix64: Steele, Lea and Flood 2014). So every random number has an address: dropout is
+// the same for any number of threads, and a run resumes anywhere knowing only seed and step.
+static uint64_t random_bits(uint64_t key, uint64_t i) {
+    uint64_t z = key + (i + 1) * 0x9E3779B97F4A7C15u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return z ^ (z >> 31);
+}
+
+static double random_uniform(uint64_t key, uint64_t i) {  // in (0, 1)
+    return ((random_bits(key, i) >> 11) + 0.5) * 0x1p-53;
+}
+
+static double random_normal(uint64_t key, uint64_t i) {  // N(0, 1), by Box and Muller's transform
+    double u = random_uniform(key, 2 * i), angle = 2 * PI * random_uniform(key, 2 * i + 1);
+    return sqrt(-2 * log(u)) * cos(angle);
+}
+
+enum { STREAM_INIT, STREAM_DATA, STREAM_DROPOUT, STREAM_SAMPLE };  // what randomness is for
+
+static uint64_t random_stream(uint64_t seed, int purpose, uint64_t which) {
+    return random_bits(random_bits(seed, purpose), which);
+}
+
+// ============================================================================================
+// 2  THE MODEL
+// ============================================================================================
+
+// [ATTENTION 1] The kinds of attention, by their names on the command line and in checkpoints.
+enum { MHA, GQA, MQA, MLA };
+enum { LEARNED, ROPE, DECOUPLED };
+enum { LAYERNORM, RMSNORM, NONE };
+static const char *const attention_names[] = {"mha", "gqa", "mqa", "mla", NULL};
+static const char *const position_names[] = {"learned", "rope", "decoupled", NULL};
+static const char *const norm_names[] = {"layernorm", "rmsnorm", "none", NULL};
+
+// Everything that fixes the shape of a model. -1 stands for "choose the default".
+typedef struct {
+    int attention, position, latent_norm;
+    int L, NH, NKV, C, block_size, V;  // block_size: the longest sequence
+    int RQ, R, RD;                     // ranks of the latents (mla), rotated width of a head
+    int HS, NOPE, QKV;                 // derived: see NOTATION; QKV: rows of c_attn (0 for mla)
+} Config;
+
+// Fills in what was left open (the equal-parameter defaults of the MLA experiments: RQ = C/2,
+// R = 2C/3, RD = HS/2) and refuses what cannot be.
+static void config_complete(Config *c, const char *where) {
+    if (c->C % c->NH) fail(1, "%s: heads %d does not divide channels %d", where, c->NH, c->C);
+    c->HS = c->C / c->NH;
+    const char *kind = attention_names[c->attention], *position = position_names[c->position];
+
+    int fixed = c->attention == GQA ? -1 : c->attention == MQA ? 1 : c->NH;
+    if (c->NKV == -1) c->NKV = fixed != -1 ? fixed : c->NH % 4 ? 1 : c->NH / 4;
+    if (fixed != -1 && c->NKV != fixed)
+        fail(1, "%s: kv-heads %d: %s has %d (gqa lets you choose)", where, c->NKV, kind, fixed);
+    if (c->NKV < 1 || c->NH % c->NKV)
+        fail(1, "%s: kv-heads %d does not divide heads %d", where, c->NKV, c->NH);
+
+    if ((c->attention == MLA && c->position == ROPE) ||
+        ((c->attention == GQA || c->attention == MQA) && c->position == DECOUPLED))
+        fail(1, "%s: position %s does not go with attention %s (expected learned or %s)", where,
+             position, kind, c->attention == MLA ? "decoupled" : "rope");
+
+    int rd = c->position == LEARNED ? 0 : c->position == ROPE ? c->HS : -1;
+    if (c->RD == -1) c->RD = rd != -1 ? rd : c->HS / 2;
+    if (rd != -1 && c->RD != rd)
+        fail(1, "%s: rope-dim %d: position %s needs %d", where, c->RD, position, rd);
+    if (c->RD % 2 || (rd == -1 && (c->RD < 2 || c->RD > c->HS)))
+        fail(1, "%s: rope-dim %d: expected an even number from 2 to the head size, %d", where,
+             c->RD, c->HS);
+    c->NOPE = c->position == DECOUPLED ? c->HS - c->RD : c->HS;
+
+    if (c->attention == MLA) {
+        if (c->RQ == -1) c->RQ = c->C / 2;
+        if (c->R == -1) c->R = 2 * c->C / 3;
+        if (c->R < 1 || c->R > c->C)
+            fail(1, "%s: kv-rank %d: expected 1 to channels, %d", where, c->R, c->C);
+        if (c->RQ < 0 || c->RQ > c->C)
+            fail(1, "%s: q-rank %d: expected 0 (no query latent) to channels, %d", where, c->RQ, c->C);
+    } else {
+        if (c->R > 0 || c->RQ > 0)
+            fail(1, "%s: attention %s has no latent: q-rank and kv-rank go with mla", where, kind);
+        c->R = c->RQ = 0;
+        c->latent_norm = NONE;
+    }
+    // q of every head (NOPE, then RD), k of every kv head, the shared rotary key, v
+    c->QKV = c->attention == MLA ? 0 : c->NH * c->HS + c->NKV * c->NOPE + (c->HS - c->NOPE) + c->NKV * c->HS;
+}
+
+// Floats that a decoder must keep per token, all layers together (24).
+static long cache_floats(const Config *c) {
+    long rope = c->HS - c->NOPE;  // the shared rotary key, kept once
+    return c->L * (c->attention == MLA ? c->R + rope : c->NKV * (c->NOPE + c->HS) + rope);
+}
+
+// THE TABLE. It says each parameter tensor's name, shape and initialization once. A tensor of
+// one dimension (cols 0) is a bias or a norm weight and is not decayed; one with rows 0 does
+// not exist in this configuration; "%d" in a name stands for the layer. Add a tensor here and
+// to the enum, and it is allocated, initialized, trained, saved, loaded and tested.
+enum {  // [ATTENTION 1]
+    WTE, WPE,
+    LN1_W, LN1_B,
+    ATTN_W, ATTN_B,                              // mha, gqa, mqa
+    QA_W, QA_NORM_W, QA_NORM_B, QB_W, Q_W,       // mla, queries
+    KVA_W, KVA_NORM_W, KVA_NORM_B, KVB_W,        // mla, keys and values
+    APROJ_W, APROJ_B,
+    LN2_W, LN2_B,
+    FC_W, FC_B, MPROJ_W, MPROJ_B,
+    LNF_W, LNF_B,
+    TENSORS
+};
+enum { ZEROS, ONES, NORMAL, RESIDUAL };  // N(0, 0.02); RESIDUAL: smaller by sqrt(2L) (30)
+
+typedef struct {
+    const char *name;
+    int rows, cols, init;
+} Spec;
+
+static void describe_tensors(const Config *c, Spec spec[TENSORS]) {
+    int C = c->C, HS = c->HS, NH = c->NH, NOPE = c->NOPE, R = c->R, RQ = c->RQ;
+    int mla = c->attention == MLA, rope = HS - NOPE, norm = c->latent_norm;
+    Spec table[TENSORS] = {
+        [WTE]        = {"wte.weight", c->V, C, NORMAL},
+        [WPE]        = {"wpe.weight", c->position == LEARNED ? c->block_size : 0, C, NORMAL},
+        [LN1_W]      = {"h.%d.ln_1.weight", C, 0, ONES},
+        [LN1_B]      = {"h.%d.ln_1.bias", C, 0, ZEROS},
+        [ATTN_W]     = {"h.%d.attn.c_attn.weight", c->QKV, C, NORMAL},
+        [ATTN_B]     = {"h.%d.attn.c_attn.bias", c->QKV, 0, ZEROS},
+        // W_DQ, its norm, W_UQ (22); Q_W takes their place when q_rank is 0
+        [QA_W]       = {"h.%d.attn.q_a_proj.weight", RQ, C, NORMAL},
+        [QA_NORM_W]  = {"h.%d.attn.q_a_layernorm.weight", norm == NONE ? 0 : RQ, 0, ONES},
+        [QA_NORM_B]  = {"h.%d.attn.q_a_layernorm.bias", norm == LAYERNORM ? RQ : 0, 0, ZEROS},
+        [QB_W]       = {"h.%d.attn.q_b_proj.weight", RQ ? NH * HS : 0, RQ, NORMAL},
+        [Q_W]        = {"h.%d.attn.q_proj.weight", mla && !RQ ? NH * HS : 0, C, NORMAL},
+        // [W_DKV; W_KR] (20, 23), the latent's norm, W_UKV: per head k rows, then v rows (21)
+        [KVA_W]      = {"h.%d.attn.kv_a_proj_with_mqa.weight", mla * (R + rope), C, NORMAL},
+        [KVA_NORM_W] = {"h.%d.attn.kv_a_layernorm.weight", norm == NONE ? 0 : mla * R, 0, ONES},
+        [KVA_NORM_B] = {"h.%d.attn.kv_a_layernorm.bias", norm == LAYERNORM ? mla * R : 0, 0, ZEROS},
+        [KVB_W]      = {"h.%d.attn.kv_b_proj.weight", mla * NH * (NOPE + HS), R, NORMAL},
+        [APROJ_W]    = {"h.%d.attn.c_proj.weight", C, NH * HS, RESIDUAL},
+        [APROJ_B]    = {"h.%d.attn.c_proj.bias", C, 0, ZEROS},
+        [LN2_W]      = {"h.%d.ln_2.weight", C, 0, ONES},
+        [LN2_B]      = {"h.%d.ln_2.bias", C, 0, ZEROS},
+        [FC_W]       = {"h.%d.mlp.c_fc.weight", 4 * C, C, NORMAL},
+        [FC_B]       = {"h.%d.mlp.c_fc.bias", 4 * C, 0, ZEROS},
+        [MPROJ_W]    = {"h.%d.mlp.c_proj.weight", C, 4 * C, RESIDUAL},
+        [MPROJ_B]    = {"h.%d.mlp.c_proj.bias", C, 0, ZEROS},
+        [LNF_W]      = {"ln_f.weight", C, 0, ONES},
+        [LNF_B]      = {"ln_f.bias", C, 0, ZEROS},
+    };
+    memcpy(spec, table, sizeof table);
+}
+
+// One tensor of one layer; the model lists them all in the order of the table.
+typedef struct {
+    char name[64];
+    int id, layer;        // place in the table; -1: outside the layers
+    int rows, cols, init;
+    size_t size, offset;  // in the blocks params, grads, adam_m and adam_v alike
+} Tensor;
+
+// The tensors of one layer by their place in the table: w[l][FC_W] is layer l's c_fc.weight.
+// Tensors outside the layers (wte, ln_f) are reached through any layer.
+typedef real *Layer[TENSORS];
+
+// What the forward of one block leaves for its backward. The backward reuses the same struct
+// for the gradients of these tensors.
+typedef struct {
+    real *x;           // (N, C) the block's input: the residual stream
+    real *qkv;         // (N, rows of c_attn) mha, gqa, mqa: q and k rotated if position is rope
+    real *q_a, *q;     // (N, RQ), (N, NH*HS) mla: query latent before its norm; rotated queries
+    real *kv_a, *kv;   // (N, R+rope), (N, NH*(NOPE+HS)) mla: latent before its norm and rotated
+                       //     shared key; keys and values
+    real *att;         // (N, NH*HS) the heads' outputs
+    real *lse;         // (N, NH) log of the softmax's denominator
+    real *x_mid;       // (N, C) the residual stream between attention and MLP
+    real *fc;          // (N, 4C) before GELU
+} Acts;
+
+typedef struct {
+    Config c;
+    Tensor *tensors;
+    int n_tensors;
+    size_t n_params, block;                   // true parameters; reals in a block (with padding)
+    real *params, *grads, *adam_m, *adam_v;   // grads and moments only when training
+    Layer *w, *g;                             // L of each
+    real *rope_cos, *rope_sin;                // (block_size, RD/2)
+    void *memory;                             // what the layouts below are cut from
+    // Activations, for at most max_N tokens.
+    int max_N, head_rows;
+    void *act_memory;
+    Acts *acts;                    // L of them when training, else one that all layers share
+    real *x_final;                 // (N, C) the residual stream after the last block
+    real *norm;                    // (N, C) output of the norm at hand
+    real *latent, *q_latent;       // (N, R), (N, RQ) normed latents of the layer at hand
+    real *gelu;                    // (N, 4C) output of GELU
+    real *proj;                    // (N, C) output of c_proj
+    real *logits, *row_loss;       // (head_rows, V) a slice of the logits, then their gradient; (head_rows)
+    real *strips;                  // per thread 2 x (STRIP, T): attention scores, their gradient
+    Acts d;                        // gradients of the acts of the layer at hand
+    real *d_norm, *d_latent, *d_q_latent, *d_proj;  // gradients of those without the d_
+    real *d_k_rope;                // (N, NKV, rope) gradient of the shared rotary key by head
+    real *partial;                 // partial sums of gradients that sum over tokens
+    float dropout;                 // probability, 0 when not training
+    uint64_t dropout_key;          // changes with every micro-batch
+} Model;
+
+static void place_params(Model *m, Arena *arena, int training) {
+    m->params = take(arena, m->block);
+    if (training) {
+        m->grads = take(arena, m->block);
+        m->adam_m = take(arena, m->block);
+        m->adam_v = take(arena, m->block);
+    }
+    m->rope_cos = take(arena, (size_t)m->c.block_size * m->c.RD / 2);
+    m->rope_sin = take(arena, (size_t)m->c.block_size * m->c.RD / 2);
+}
+
+// Builds a model of all zeros: lists the tensors, allocates, points every layer at its own.
+static Model *model_create(const Config *c, int training) {
+    Model *m = allocate(sizeof *m, "model");
+    Spec spec[TENSORS];
+    m->c = *c;
+    describe_tensors(c, spec);
+    m->tensors = allocate(sizeof(Tensor) * TENSORS * c->L, "tensor list");
+    Arena block = {0};
+    for (int l = 0; l < c->L; l++)
+        for (int id = 0; id < TENSORS; id++) {
+            int per_layer = strchr(spec[id].name, '%') != NULL;
+            if (!spec[id].rows || (l > 0 && !per_layer)) continue;
+            Tensor *t = &m->tensors[m->n_tensors++];
+            snprintf(t->name, sizeof t->name, spec[id].name, l);
+            t->id = id, t->layer = per_layer ? l : -1;
+            t->rows = spec[id].rows, t->cols = spec[id].cols, t->init = spec[id].init;
+            t->size = (size_t)t->rows * (t->cols ? t->cols : 1);
+            t->offset = block.used;
+            take(&block, t->size);
+            m->n_params += t->size;
+        }
+    m->block = block.used;
+
+    Arena arena = {0};
+    place_params(m, &arena, training);
+    m->memory = arena.base = allocate(arena.used * sizeof(real), "parameters and optimizer");
+    arena.used = 0;
+    place_params(m, &arena, training);
+
+    m->w = allocate(sizeof(Layer) * c->L, "layer list");
+    m->g = allocate(sizeof(Layer) * c->L, "layer list");
+    for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++)
+        for (int l = 0; l < c->L; l++)
+            if (t->layer == -1 || t->layer == l) {
+                m->w[l][t->id] = m->params + t->offset;
+                m->g[l][t->id] = training ? m->grads + t->offset : NULL;
+            }
+    for (int t = 0; t < c->block_size; t++)  // (17)
+        for (int i = 0; i < c->RD / 2; i++) {
+            double angle = t * pow(10000.0, -2.0 * i / c->RD);
+            m->rope_cos[t * (c->RD / 2) + i] = cos(angle);
+            m->rope_sin[t * (c->RD / 2) + i] = sin(angle);
+        }
+    return m;
+}
+
+// N(0, 0.02), residual projections smaller by sqrt(2L), norm weights one, biases zero (30).
+static void model_init(Model *m, uint64_t seed) {
+    for (int i = 0; i < m->n_tensors; i++) {
+        Tensor *t = &m->tensors[i];
+        uint64_t key = random_stream(seed, STREAM_INIT, i);
+        double std = t->init == RESIDUAL ? 0.02 / sqrt(2.0 * m->c.L) : 0.02;
+        #pragma omp parallel for
+        for (size_t k = 0; k < t->size; k++)
+            m->params[t->offset + k] = t->init == ZEROS ? 0 : t->init == ONES ? 1
+                                     : (real)(std * random_normal(key, k));
+    }
+}
+
+// ============================================================================================
+// 3  MATRIX PRODUCT
+// ============================================================================================
+//
+// Nearly all time goes into products c = a b. Written as three loops they run at a few percent
+// of what the processor can do, for two reasons, each with its own cure.
+//
+// Arithmetic waits for loads. A fused multiply-add needs two operands; fetched anew for each,
+// they keep the load ports busy and the multipliers idle. Cure: the REGISTER TILE. MR x NR
+// elements of c stay in registers while k runs; each step loads one column of a (MR numbers)
+// and one row of b (NR numbers) and does MR*NR multiply-adds with them. The tile must leave
+// registers for the operands: with 16 vector registers 6 x 2 vectors (12 sums, 2 of b, 1 of a),
+// with 32 registers 8 x 2. Two vectors wide, since each sum must wait about 4 cycles for its
+// previous multiply-add and there are two units: at least 8 independent sums keep them busy.
+//
+// Loads wait for memory. Columns of a and b lie far apart, and both are too large for the fast
+// caches. Cure: PACKED PANELS. Blocks of a (MC x KC) and b (KC x NC) are copied so that the
+// tile reads them strictly one after the other: panel p of a holds its rows p*MR .. p*MR+MR-1,
+// and within it step k's MR numbers are adjacent; likewise b by NR columns. One panel of b
+// stays in the first-level cache, a block of a in the second. Copying also absorbs transposes
+// (a stride decides, not the code) and pads ragged edges with zeros, so there is one kernel.
+//
+// Every element of c is summed by one thread, k ascending, whoever that thread is: results do
+// not depend on the number of threads.
+
+#if defined(__AVX512F__)
+enum { VEC_BYTES = 64, MR = 8 };
+#elif defined(__AVX__)
+enum { VEC_BYTES = 32, MR = 6 };
+#elif defined(__aarch64__)
+enum { VEC_BYTES = 16, MR = 8 };
+#else
+enum { VEC_BYTES = 16, MR = 6 };
+#endif
+// A vector of VEC_BYTES that may lie anywhere in an array of reals.
+typedef real vec __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), may_alias));
+enum {
+    VW = VEC_BYTES / sizeof(real),  // numbers in a vector
+    NR = 2 * VW,
+    MC = 8 * MR, KC = 384, NC = 1024,
+    NC_SERIAL = 128                 // the same for matmul_serial, whose panels are per thread
+};
+
+// A matrix by its strides: element (i, j) is p[i*row + j*col]. Swapping the two transposes.
+typedef struct {
+    const real *p;
+    long row, col;
+} Mat;
+
+static Mat rows_of(const real *p, long row) { return (Mat){p, row, 1}; }
+static Mat transpose(Mat a) { return (Mat){a.p, a.col, a.row}; }
+static Mat transposed(const real *p, long row) { return transpose(rows_of(p, row)); }
+
+// c (MR, NR) = start + a' b for packed a (K, MR) and b (K, NR). `start` is c itself to add to
+// it, a row with stride 0 to add a bias, NULL for zero.
+static void tile_kernel(int K, const real *a, const real *b, real *c, long c_row,
+                        const real *start, long start_row) {
+    vec acc[MR][2];
+    #pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < 2; j++)
+            acc[i][j] = start ? *(const vec *)(start + i * start_row + j * VW) : (vec){0};
+    for (int k = 0; k < K; k++, a += MR, b += NR) {
+        vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VW);
+        #pragma GCC unroll 8
+        for (int i = 0; i < MR; i++) {
+            acc[i][0] += a[i] * b0;
+            acc[i][1] += a[i] * b1;
+        }
+    }
+    #pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < 2; j++)
+            *(vec *)(c + i * c_row + j * VW) = acc[i][j];
+}
+
+// The same for a tile that sticks out of c: through a full tile of its own.
+static void tile_edge(int K, const real *a, const real *b, real *c, long c_row, int rows,
+                      int cols, const real *start, long start_row) {
+    real t[MR * NR] = {0};
+    for (int i = 0; start && i < rows; i++)
+        memcpy(t + i * NR, start + i * start_row, cols * sizeof(real));
+    tile_kernel(K, a, b, t, NR, t, NR);
+    for (int i = 0; i < rows; i++)
+        memcpy(c + i * c_row, t + i * NR, cols * sizeof(real));
+}
+
+// All tiles of a block: c (M, N) = start + a b, with a packed by MR rows and b by NR columns.
+static void multiply_panels(real *c, long c_row, const real *a, const real *b, int M, int N,
+                            int K, const real *start, long start_row) {
+    for (int j = 0; j < N; j += NR)
+        for (int i = 0; i < M; i += MR) {
+            const real *pa = a + (long)i * K, *pb = b + (long)j * K;
+            const real *s = start ? start + i * start_row + j : NULL;
+            real *pc = c + i * c_row + j;
+            if (i + MR <= M && j + NR <= N)
+                tile_kernel(K, pa, pb, pc, c_row, s, start_row);
+            else
+                tile_edge(K, pa, pb, pc, c_row, min_int(MR, M - i), min_int(NR, N - j), s, start_row);
+        }
+}
+
+// Packs n lines of K numbers (line i, number k at src[i*line + k*deep]) into panels of W lines:
+// number k of line i goes to dst[(i/W)*W*K + k*W + i%W]. Inlined, so that W is a constant.
+static inline void pack(real *dst, const real *src, long line, long deep, int n, int K, const int W) {
+    if (n % W) memset(dst + (long)(n - n % W) * K, 0, sizeof(real) * W * K);
+    if (deep == 1) {  // a transpose, done in squares that stay in registers
+        const int S = W < 8 ? W : 8;
+        for (int i = 0; i < n; i += S)
+            for (int k = 0; k < K; k += 8) {
+                const real *s = src + i * line + k;
+                real *d = dst + (long)(i / W) * W * K + i % W + k * W;
+                if (i + S <= n && k + 8 <= K) {
+                    real square[8][8];
+                    for (int y = 0; y < S; y++)
+                        for (int x = 0; x < 8; x++) square[x][y] = s[y * line + x];
+                    for (int x = 0; x < 8; x++)
+                        for (int y = 0; y < S; y++) d[x * W + y] = square[x][y];
+                } else {
+                    for (int y = 0; y < min_int(S, n - i); y++)
+                        for (int x = 0; x < min_int(8, K - k); x++) d[x * W + y] = s[y * line + x];
+                }
+            }
+    } else {
+        for (int k = 0; k < K; k++)
+            for (int i = 0; i < n; i += W) {
+                const real *s = src + k * deep + i * line;
+                real *d = dst + (long)i * K + k * W;
+                if (i + W <= n)
+                    for (int y = 0; y < W; y++) d[y] = s[y * line];
+                else
+                    for (int y = 0; y < n - i; y++) d[y] = s[y * line];
+            }
+    }
+}
+
+static _Thread_local real a_panels[MC * KC];         // a thread's block of a
+static _Thread_local real b_panels[NC_SERIAL * KC];  // and of b, in matmul_serial
+static real b_shared[NC * KC];                       // the block of b that all threads share
+
+// c (M, N) = start + a (M, K) b (K, N), by all threads; c's rows are c_row apart. For start see
+// tile_kernel. Blocks of c's rows are the unit of work.
+static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start,
+                   long start_row) {
+    #pragma omp parallel
+    for (int j0 = 0; j0 < N; j0 += NC)
+        for (int k0 = 0; k0 < K; k0 += KC) {
+            int nc = min_int(NC, N - j0), kc = min_int(KC, K - k0);
+            #pragma omp for
+            for (int j = 0; j < nc; j += NR)
+                pack(b_shared + (long)j * kc, b.p + (j0 + j) * b.col + k0 * b.row, b.col, b.row,
+                     min_int(NR, nc - j), kc, NR);
+            #pragma omp for schedule(dynamic)
+            for (int i0 = 0; i0 < M; i0 += MC) {
+                int mc = min_int(MC, M - i0);
+                real *c0 = c + i0 * c_row + j0;
+                const real *s0 = k0 ? c0 : start ? start + i0 * start_row + j0 : NULL;
+                pack(a_panels, a.p + i0 * a.row + k0 * a.col, a.row, a.col, mc, kc, MR);
+                multiply_panels(c0, c_row, a_panels, b_shared, mc, nc, kc, s0, k0 ? c_row : start_row);
+            }
+        }
+}
+
+// The same within one thread, for the small products of attention: c = a b, or c += a b.
+static void matmul_serial(real *c, long c_row, Mat a, Mat b, int M, int N, int K, int add) {
+    for (int k0 = 0; k0 < K; k0 += KC)
+        for (int i0 = 0; i0 < M; i0 += MC) {
+            int kc = min_int(KC, K - k0), mc = min_int(MC, M - i0);
+            pack(a_panels, a.p + i0 * a.row + k0 * a.col, a.row, a.col, mc, kc, MR);
+            for (int j0 = 0; j0 < N; j0 += NC_SERIAL) {
+                int nc = min_int(NC_SERIAL, N - j0);
+                real *c0 = c + i0 * c_row + j0;
+                pack(b_panels, b.p + j0 * b.col + k0 * b.row, b.col, b.row, nc, kc, NR);
+                multiply_panels(c0, c_row, a_panels, b_panels, mc, nc, kc, add || k0 ? c0 : NULL, c_row);
+            }
+        }
+}
+
+// ============================================================================================
+// 4  LAYERS
+// ============================================================================================
+// Backwards ADD to the gradients of parameters, so that micro-batches accumulate. Where a sum
+// runs over tokens, the tokens are cut into PIECES fixed pieces whose sums are then added in
+// order: the result does not depend on the number of threads.
+
+enum { PIECES = 32 };
+
+// out[i] += sum over pieces of partial[piece][i], i < n
+static void add_pieces(real *out, const real *partial, long piece_row, int n) {
+    #pragma omp parallel for
+    for (int i = 0; i < n; i++) {
+        real sum = 0;
+        for (int p = 0; p < PIECES; p++) sum += partial[p * piece_row + i];
+        out[i] += sum;
+    }
+}
+
+// --- Linear: y = x W' + b (8)                      y (N, O), x (N, I), W (O, I), b (O) or NULL
+
+static void linear_forward(real *y, const real *x, const real *w, const real *b, int N, int I, int O) {
+    matmul(y, O, rows_of(x, I), transposed(w, I), N, O, I, b, 0);
+}
+
+// dx = dy W; with `add`, dx += dy W
+static void linear_backward_input(real *dx, const real *dy, const real *w, int N, int I, int O, int add) {
+    matmul(dx, I, rows_of(dy, O), rows_of(w, I), N, I, O, add ? dx : NULL, I);
+}
+
+// dW += dy' x, db += sum of dy over tokens
+static void linear_backward_weight(const Model *m, real *dw, real *db, const real *dy, const real *x,
+                                   int N, int I, int O) {
+    matmul(dw, I, transposed(dy, O), rows_of(x, I), O, I, N, dw, I);
+    if (!db) return;
+    #pragma omp parallel for
+    for (int p = 0; p < PIECES; p++) {
+        real *sum = m->partial + (long)p * O;
+        memset(sum, 0, O * sizeof(real));
+        for (long t = (long)N * p / PIECES; t < (long)N * (p + 1) / PIECES; t++)
+            for (int i = 0; i < O; i++) sum[i] += dy[t * O + i];
+    }
+    add_pieces(db, m->partial, O, O);
+}
+
+// --- Norms over the last n numbers: y = w (x - mean) rstd + b (2), RMSNorm without mean and b (4)
+
+// rstd = 1 / sqrt(variance + eps), or of the mean square for RMSNorm, whose mean counts as 0.
+static void norm_statistics(const real *x, int n, int kind, real *mean, real *rstd) {
+    real sum = 0, square = 0;
+    if (kind == LAYERNORM) {
+        #pragma omp simd reduction(+:sum)
+        for (int i = 0; i < n; i++) sum += x[i];
+    }
+    real mu = sum / n;
+    #pragma omp simd reduction(+:square)
+    for (int i = 0; i < n; i++) square += (x[i] - mu) * (x[i] - mu);
+    *mean = mu;
+    *rstd = 1 / (real)sqrt(square / n + (kind == LAYERNORM ? (real)1e-5 : (real)1e-6));
+}
+
+// y (N, n) from x (N, n) whose rows are x_row apart; w, b (n).
+static void norm_forward(real *y, const real *x, long x_row, const real *w, const real *b, int N,
+                         int n, int kind) {
+    #pragma omp parallel for
+    for (int t = 0; t < N; t++) {
+        const real *xt = x + t * x_row;
+        real *yt = y + (long)t * n, mean, rstd;
+        if (kind == NONE) {
+            memcpy(yt, xt, n * sizeof(real));
+            continue;
+        }
+        norm_statistics(xt, n, kind, &mean, &rstd);
+        for (int i = 0; i < n; i++) yt[i] = w[i] * ((xt[i] - mean) * rstd);
+        for (int i = 0; b && i < n; i++) yt[i] += b[i];
+    }
+}
+
+// With x^ = (x - mean) rstd and g = w dy:
+//   dx += rstd (g - mean(g) - x^ mean(g x^)) (3); RMSNorm lacks mean(g) (5)
+//   dw += sum over tokens of dy x^, db += sum of dy
+static void norm_backward(const Model *m, real *dx, real *dw, real *db, const real *dy,
+                          const real *x, long x_row, const real *w, int N, int n, int kind) {
+    #pragma omp parallel for
+    for (int p = 0; p < PIECES; p++) {
+        real *sum_w = m->partial + 2L * p * n, *sum_b = sum_w + n;
+        memset(sum_w, 0, 2 * n * sizeof(real));
+        for (long t = (long)N * p / PIECES; t < (long)N * (p + 1) / PIECES; t++) {
+            const real *xt = x + t * x_row, *dyt = dy + t * n;
+            real *dxt = dx + t * x_row, mean, rstd, mean_g = 0, mean_gx = 0;
+            if (kind == NONE) {
+                for (int i = 0; i < n; i++) dxt[i] += dyt[i];
+                continue;
+            }
+            norm_statistics(xt, n, kind, &mean, &rstd);
+            #pragma omp simd reduction(+:mean_g, mean_gx)
+            for (int i = 0; i < n; i++) {
+                real xhat = (xt[i] - mean) * rstd, g = w[i] * dyt[i];
+                mean_g += g;
+                mean_gx += g * xhat;
+                sum_w[i] += dyt[i] * xhat;
+                sum_b[i] += dyt[i];
+            }
+            mean_g = kind == LAYERNORM ? mean_g / n : 0;
+            mean_gx /= n;
+            for (int i = 0; i < n; i++)
+                dxt[i] += rstd * (w[i] * dyt[i] - mean_g - (xt[i] - mean) * rstd * mean_gx);
+        }
+    }
+    if (dw) add_pieces(dw, m->partial, 2 * n, n);
+    if (db) add_pieces(db, m->partial + n, 2 * n, n);
+}
+
+// --- exp, in a form that compilers turn into vector code (libm's is a call per number)
+
+// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln(2)/2, where the polynomial of degree 6 that
+// errs least is off by 2e-9. With rounding the relative error stays below 2e-7 for x in [-87, 88],
+// to whose ends x is clamped; NaN stays NaN.
+static inline real fast_exp(real x) {
+#ifdef REAL_DOUBLE
+    return exp(x);
+#else
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    // Adding 1.5 * 2^23 leaves no bits for a fraction: the sum is rounded to an integer, which
+    // then sits in the low bits of the float.
+    union { float f; uint32_t u; } shifted, power;
+    shifted.f = x * 1.44269504f + 12582912.0f;
+    float n = shifted.f - 12582912.0f;
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: exact product
+    float p = 1 + r * (1 + r * (0.499999942f + r * (0.166664312f + r * (0.0416680026f
+                + r * (0.00837416339f + r * 0.00138436441f)))));
+    power.u = (shifted.u + 127) << 23;                       // 2^n: n in the exponent's place
+    return p * power.f;
+#endif
+}
+
+// The largest of n numbers. Sixteen running maxima, since compilers do not reorder a single one.
+static real largest(const real *x, int n) {
+    real max[16];
+    for (int i = 0; i < 16; i++) max[i] = x[0];
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) max[j] = x[i + j] > max[j] ? x[i + j] : max[j];
+    for (; i < n; i++) max[0] = x[i] > max[0] ? x[i] : max[0];
+    for (int j = 1; j < 16; j++) max[0] = max[j] > max[0] ? max[j] : max[0];
+    return max[0];
+}
+
+// x = e^(scale (x - max)), and their sum: the numerators and the denominator of a softmax.
+static real exp_row(real *x, int n, real scale, real max) {
+    real sum = 0;
+    #pragma omp simd reduction(+:sum)
+    for (int i = 0; i < n; i++) {
+        x[i] = fast_exp(scale * (x[i] - max));
+        sum += x[i];
+    }
+    return sum;
+}
+
+// --- GELU, tanh form: x/2 (1 + tanh u) = x s(2u), u = sqrt(2/pi) (x + 0.044715 x^3), where
+//     s(z) = 1 / (1 + e^-z), since 1 + tanh u = 2 s(2u) (6)
+
+#define GELU_2U(x) ((real)1.5957691216057308 * ((x) + (real)0.044715 * (x) * (x) * (x)))
+
+static void gelu_forward(real *y, const real *x, long n) {
+    #pragma omp parallel for simd
+    for (long i = 0; i < n; i++) y[i] = x[i] / (1 + fast_exp(-GELU_2U(x[i])));
+}
+
+// dx = dy (s + x s (1 - s) (2u)') (7), over dy in place. Leaves y = gelu(x) too: the forward
+// did not keep it, and both need s.
+static void gelu_backward(real *dy, real *y, const real *x, long n) {
+    #pragma omp parallel for simd
+    for (long i = 0; i < n; i++) {
+        real s = 1 / (1 + fast_exp(-GELU_2U(x[i])));
+        real slope = (real)1.5957691216057308 * (1 + (real)0.134145 * x[i] * x[i]);
+        y[i] = x[i] * s;
+        dy[i] *= s + x[i] * s * (1 - s) * slope;
+    }
+}
+
+// --- Dropout: a number is dropped with probability p, else scaled by 1/(1-p). Whether number i
+//     of place `where` is dropped is a hash of both: forward and backward agree without a mask.
+
+static inline real dropout_scale(const Model *m, uint64_t where, long i) {
+    uint32_t threshold = (uint32_t)(m->dropout * 4294967296.0);
+    return (random_bits(m->dropout_key + where, i) >> 32) < threshold ? 0 : 1 / (1 - m->dropout);
+}
+
+// y = x + dropout(branch), n numbers: the residual connection (1)
+static void residual_forward(const Model *m, real *y, const real *x, const real *branch, long n, int where) {
+    if (m->dropout == 0) {
+        #pragma omp parallel for simd
+        for (long i = 0; i < n; i++) y[i] = x[i] + branch[i];
+    } else {
+        #pragma omp parallel for
+        for (long i = 0; i < n; i++) y[i] = x[i] + branch[i] * dropout_scale(m, where, i);
+    }
+}
+
+// The branch's gradient from that of the sum, dy; x's is dy itself. Without dropout, so is the
+// branch's, and no copy is made.
+static const real *residual_backward(const Model *m, real *d_branch, const real *dy, long n, int where) {
+    if (m->dropout == 0) return dy;
+    #pragma omp parallel for
+    for (long i = 0; i < n; i++) d_branch[i] = dy[i] * dropout_scale(m, where, i);
+    return d_branch;
+}
+
+// --- Rotary embedding
+
+// Numbers addressed by token, head and place: p[token*tok + head*h + i]. A head stride of 0
+// means one for all heads.
+typedef struct {
+    real *p;
+    long token, head;
+} View;
+
+// Turns the pair (i, i + RD/2) of every head by the angle t theta^(-2i/RD), t the token's
+// position (17). The backward is the turn by the opposite angle (18): sign -1.
+// x (N, heads, RD) at positions first .. first+T-1, N a multiple of T.
+static void rope(const Model *m, View x, int heads, int N, int T, int first, int sign) {
+    int half = m->c.RD / 2;
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const real *c = m->rope_cos + (long)(first + n % T) * half;
+        const real *s = m->rope_sin + (long)(first + n % T) * half;
+        for (int h = 0; h < heads; h++) {
+            real *lo = x.p + n * x.token + h * x.head, *hi = lo + half;
+            for (int i = 0; i < half; i++) {
+                real a = lo[i], b = hi[i];
+                lo[i] = a * c[i] - sign * b * s[i];
+                hi[i] = b * c[i] + sign * a * s[i];
+            }
+        }
+    }
+}
+
+// ============================================================================================
+// 5  ATTENTION CORE
+// ============================================================================================
+//
+// One core serves every kind. A query head is [q_nope; q_rope], of which either part may be
+// empty; query head h reads key/value head h / (NH/NKV); the rotary part of the keys is one
+// for all heads:
+//     score(i, j) = (q_nope_i . k_nope_j + q_rope_i . k_rope_j) / sqrt(HS),   j <= i       (11)
+//     p_ij = e^(score_ij - lse_i), lse_i = log sum_j e^score_ij                            (12)
+//     out_i = sum_j p_ij v_j                                                               (13)
+// MHA, GQA, MQA and MLA differ only in where these views point.
+//
+// The T x T matrix of probabilities is never kept. The core works on a strip at a time, STRIP
+// queries against all keys they may see, small enough for the second-level cache; what the
+// backward needs of it is one number per query, lse, from which it makes p again.
+
+enum { STRIP = 64 };
+
+typedef struct {
+    int heads, kv_heads;     // NH, NKV
+    int nope, rope, value;   // widths of q_nope, q_rope and v
+    View q, k, k_rope, v;    // q (N, NH, nope+rope), k (N, NKV, nope), k_rope (N, 1, rope), v (N, NKV, value)
+} Heads;
+
+static real *element(View x, long t, int h) { return x.p + t * x.token + h * x.head; }
+
+// The matrix whose rows are the tokens from t on, of head h.
+static Mat tokens_of(View x, long t, int h) { return rows_of(element(x, t, h), x.token); }
+
+static View rope_part(const Heads *a) { return (View){a->q.p + a->nope, a->q.token, a->q.head}; }
+
+// s (rows, keys) = q k', for `rows` queries from token q0 on and `keys` keys from token k0 on
+static void strip_scores(real *s, const Heads *a, int h, int g, long q0, long k0, int rows, int keys) {
+    if (a->nope)
+        matmul_serial(s, keys, tokens_of(a->q, q0, h), transpose(tokens_of(a->k, k0, g)), rows, keys, a->nope, 0);
+    if (a->rope)
+        matmul_serial(s, keys, tokens_of(rope_part(a), q0, h), transpose(tokens_of(a->k_rope, k0, g)), rows, keys,
+                      a->rope, a->nope > 0);
+}
+
+// out (N, NH, value), lse (N, NH): B sequences of T tokens each
+static void attention_forward(const Model *m, const Heads *a, View out, real *lse, int B, int T) {
+    real scale = 1 / (real)sqrt(m->c.HS);
+    #pragma omp parallel for collapse(3) schedule(dynamic)
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < a->heads; h++)
+            for (int i0 = 0; i0 < T; i0 += STRIP) {
+                int g = h / (a->heads / a->kv_heads), rows = min_int(STRIP, T - i0), keys = i0 + rows;
+                long first = (long)b * T;  // the sequence's first token
+                real *s = m->strips + (long)omp_get_thread_num() * 2 * STRIP * T;  // (rows, keys)
+                strip_scores(s, a, h, g, first + i0, first, rows, keys);
+                for (int i = 0; i < rows; i++) {
+                    int seen = i0 + i + 1;  // keys 0 .. i0+i
+                    real *si = s + (long)i * keys, max = largest(si, seen);
+                    real sum = exp_row(si, seen, scale, max);
+                    for (int j = 0; j < seen; j++) si[j] /= sum;
+                    for (int j = seen; j < keys; j++) si[j] = 0;
+                    lse[(first + i0 + i) * a->heads + h] = scale * max + (real)log(sum);
+                }
+                matmul_serial(element(out, first + i0, h), out.token, rows_of(s, keys),
+                              tokens_of(a->v, first, g), rows, a->value, keys, 0);
+            }
+}
+
+// From d_out, with p made again from lse, strip by strip (14):
+//     dv_j  = sum_i p_ij d_out_i                    dp_ij = d_out_i . v_j
+//     ds_ij = p_ij (dp_ij - D_i) / sqrt(HS),        D_i = sum_j p_ij dp_ij = d_out_i . out_i
+//     dq_i  = sum_j ds_ij k_j                       dk_j  = sum_i ds_ij q_i
+// d holds views of the gradients, which are overwritten. A thread owns a key/value head with all
+// its query heads, so d->k_rope has a row per key/value head: (N, NKV, rope).
+static void attention_backward(const Model *m, const Heads *a, const Heads *d, View out, View d_out,
+                               const real *lse, int B, int T) {
+    real scale = 1 / (real)sqrt(m->c.HS);
+    int group = a->heads / a->kv_heads;
+    #pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int b = 0; b < B; b++)
+        for (int g = 0; g < a->kv_heads; g++) {
+            long first = (long)b * T;  // the sequence's first token
+            real *p = m->strips + (long)omp_get_thread_num() * 2 * STRIP * T, *ds = p + STRIP * T;
+            real *dk = element(d->k, first, g), *dk_rope = element(d->k_rope, first, g), *dv = element(d->v, first, g);
+            for (int t = 0; t < T; t++) {
+                memset(dk + t * d->k.token, 0, a->nope * sizeof(real));
+                memset(dk_rope + t * d->k_rope.token, 0, a->rope * sizeof(real));
+                memset(dv + t * d->v.token, 0, a->value * sizeof(real));
+            }
+            for (int h = g * group; h < (g + 1) * group; h++)
+                for (int i0 = 0; i0 < T; i0 += STRIP) {
+                    int rows = min_int(STRIP, T - i0), keys = i0 + rows;
+                    long q0 = first + i0;
+                    Mat d_out_rows = tokens_of(d_out, q0, h);
+                    strip_scores(p, a, h, g, q0, first, rows, keys);
+                    matmul_serial(ds, keys, d_out_rows, transpose(tokens_of(a->v, first, g)), rows, keys, a->value, 0);
+                    for (int i = 0; i < rows; i++) {
+                        real *pi = p + (long)i * keys, *dsi = ds + (long)i * keys, D = 0;
+                        const real *o = element(out, q0 + i, h), *d_o = element(d_out, q0 + i, h);
+                        real li = lse[(q0 + i) * a->heads + h];
+                        int seen = i0 + i + 1;
+                        #pragma omp simd reduction(+:D)
+                        for (int e = 0; e < a->value; e++) D += o[e] * d_o[e];
+                        #pragma omp simd
+                        for (int j = 0; j < seen; j++) {
+                            pi[j] = fast_exp(scale * pi[j] - li);
+                            dsi[j] = scale * pi[j] * (dsi[j] - D);
+                        }
+                        for (int j = seen; j < keys; j++) pi[j] = dsi[j] = 0;
+                    }
+                    Mat to_keys = transposed(ds, keys), to_queries = rows_of(ds, keys);
+                    real *dq = element(d->q, q0, h);
+                    matmul_serial(dv, d->v.token, transposed(p, keys), d_out_rows, keys, a->value, rows, 1);
+                    if (a->nope) {
+                        matmul_serial(dq, d->q.token, to_queries, tokens_of(a->k, first, g), rows, a->nope, keys, 0);
+                        matmul_serial(dk, d->k.token, to_keys, tokens_of(a->q, q0, h), keys, a->nope, rows, 1);
+                    }
+                    if (a->rope) {
+                        matmul_serial(dq + a->nope, d->q.token, to_queries, tokens_of(a->k_rope, first, g), rows, a->rope, keys, 0);
+                        matmul_serial(dk_rope, d->k_rope.token, to_keys, tokens_of(rope_part(a), q0, h), keys, a->rope, rows, 1);
+                    }
+                }
+        }
+}
+
+// ============================================================================================
+// 6  FRONT ENDS
+// ============================================================================================
+//
+// A front end makes q, k and v from the normed residual stream, m->norm (N, C), says where they
+// lie (heads_of), and carries their gradients back to d_norm and its weights.
+
+// [ATTENTION 2] Where queries, keys and values lie in `acts`, or their gradients in m->d.
+static Heads heads_of(const Model *m, const Acts *acts) {
+    const Config *c = &m->c;
+    int HS = c->HS, NH = c->NH, NKV = c->NKV, NOPE = c->NOPE, rope = HS - NOPE;
+    Heads a = {.heads = NH, .kv_heads = NKV, .nope = NOPE, .rope = rope, .value = HS};
+    if (c->attention == MLA) {
+        long q_row = NH * HS, kv_row = NH * (NOPE + HS), kv_a_row = c->R + rope;
+        a.q = (View){acts->q, q_row, HS};
+        a.k = (View){acts->kv, kv_row, NOPE + HS};
+        a.v = (View){acts->kv + NOPE, kv_row, NOPE + HS};
+        a.k_rope = (View){acts->kv_a + c->R, kv_a_row, 0};
+    } else {
+        int k = NH * HS, k_rope = k + NKV * NOPE, v = k_rope + rope, row = v + NKV * HS;
+        a.q = (View){acts->qkv, row, HS};
+        a.k = (View){acts->qkv + k, row, NOPE};
+        a.k_rope = (View){acts->qkv + k_rope, row, 0};
+        a.v = (View){acts->qkv + v, row, HS};
+    }
+    return a;
+}
+
+// Turns queries and keys to their positions, or (sign -1) their gradients back.
+static void rope_heads(const Model *m, const Heads *a, int N, int T, int first, int sign) {
+    const Config *c = &m->c;
+    if (c->position == ROPE) {  // the whole of every head
+        rope(m, a->q, c->NH, N, T, first, sign);
+        rope(m, a->k, c->NKV, N, T, first, sign);
+    } else if (c->position == DECOUPLED) {  // the last RD of a query head, the shared key
+        rope(m, (View){a->q.p + c->NOPE, a->q.token, a->q.head}, c->NH, N, T, first, sign);
+        rope(m, a->k_rope, 1, N, T, first, sign);
+    }
+}
+
+// --- MHA, GQA, MQA: one matrix makes all (15, 16)
+
+static void qkv_forward(Model *m, int l, Acts *acts, int N) {
+    linear_forward(acts->qkv, m->norm, m->w[l][ATTN_W], m->w[l][ATTN_B], N, m->c.C, m->c.QKV);
+}
+
+static void qkv_backward(Model *m, int l, int N) {
+    linear_backward_weight(m, m->g[l][ATTN_W], m->g[l][ATTN_B], m->d.qkv, m->norm, N, m->c.C, m->c.QKV);
+    linear_backward_input(m->d_norm, m->d.qkv, m->w[l][ATTN_W], N, m->c.C, m->c.QKV, 0);
+}
+
+// --- MLA: queries and keys/values each pass through a narrow latent
+
+// The normed latents, which the forward does not keep: latent (N, R), q_latent (N, RQ).
+static void mla_latents(Model *m, int l, const Acts *acts, int N) {
+    const Config *c = &m->c;
+    real **w = m->w[l];
+    norm_forward(m->latent, acts->kv_a, c->R + c->HS - c->NOPE, w[KVA_NORM_W], w[KVA_NORM_B], N, c->R, c->latent_norm);
+    if (c->RQ) norm_forward(m->q_latent, acts->q_a, c->RQ, w[QA_NORM_W], w[QA_NORM_B], N, c->RQ, c->latent_norm);
+}
+
+static void mla_forward(Model *m, int l, Acts *acts, int N) {
+    const Config *c = &m->c;
+    real **w = m->w[l];
+    int kv_a = c->R + c->HS - c->NOPE;
+    linear_forward(acts->kv_a, m->norm, w[KVA_W], NULL, N, c->C, kv_a);                          // (20, 23)
+    if (c->RQ) linear_forward(acts->q_a, m->norm, w[QA_W], NULL, N, c->C, c->RQ);                // (22)
+    mla_latents(m, l, acts, N);
+    linear_forward(acts->kv, m->latent, w[KVB_W], NULL, N, c->R, c->NH * (c->NOPE + c->HS));     // (21)
+    if (c->RQ) linear_forward(acts->q, m->q_latent, w[QB_W], NULL, N, c->RQ, c->NH * c->HS);     // (22)
+    else linear_forward(acts->q, m->norm, w[Q_W], NULL, N, c->C, c->NH * c->HS);
+}
+
+// The forward's lines in reverse, each a linear layer or a norm. The rotary columns of d.kv_a
+// hold their gradient already; the latent's columns are set here.
+static void mla_backward(Model *m, int l, const Acts *acts, int N) {
+    const Config *c = &m->c;
+    real **w = m->w[l], **g = m->g[l];
+    int C = c->C, R = c->R, RQ = c->RQ, Q = c->NH * c->HS, KV = c->NH * (c->NOPE + c->HS);
+    int kv_a = R + c->HS - c->NOPE;
+    mla_latents(m, l, acts, N);
+    linear_backward_weight(m, g[KVB_W], NULL, m->d.kv, m->latent, N, R, KV);
+    linear_backward_input(m->d_latent, m->d.kv, w[KVB_W], N, R, KV, 0);
+    for (long t = 0; t < N; t++) memset(m->d.kv_a + t * kv_a, 0, R * sizeof(real));
+    norm_backward(m, m->d.kv_a, g[KVA_NORM_W], g[KVA_NORM_B], m->d_latent, acts->kv_a, kv_a, w[KVA_NORM_W], N, R,
+                  c->latent_norm);
+    linear_backward_weight(m, g[KVA_W], NULL, m->d.kv_a, m->norm, N, C, kv_a);
+    linear_backward_input(m->d_norm, m->d.kv_a, w[KVA_W], N, C, kv_a, 0);
+    if (RQ) {
+        linear_backward_weight(m, g[QB_W], NULL, m->d.q, m->q_latent, N, RQ, Q);
+        linear_backward_input(m->d_q_latent, m->d.q, w[QB_W], N, RQ, Q, 0);
+        memset(m->d.q_a, 0, (size_t)N * RQ * sizeof(real));
+        norm_backward(m, m->d.q_a, g[QA_NORM_W], g[QA_NORM_B], m->d_q_latent, acts->q_a, RQ, w[QA_NORM_W], N, RQ,
+                      c->latent_norm);
+        linear_backward_weight(m, g[QA_W], NULL, m->d.q_a, m->norm, N, C, RQ);
+        linear_backward_input(m->d_norm, m->d.q_a, w[QA_W], N, C, RQ, 1);
+    } else {
+        linear_backward_weight(m, g[Q_W], NULL, m->d.q, m->norm, N, C, Q);
+        linear_backward_input(m->d_norm, m->d.q, w[Q_W], N, C, Q, 1);
+    }
+}
+
+// --- What every kind shares: proj = c_proj(attention(norm))
+
+// [ATTENTION 2] Queries, keys and values of N tokens, rotated: T to a sequence, from position
+// `first` on.
+static void front_end_forward(Model *m, int l, Acts *acts, int N, int T, int first) {
+    if (m->c.attention == MLA) mla_forward(m, l, acts, N);
+    else qkv_forward(m, l, acts, N);
+    Heads a = heads_of(m, acts);
+    rope_heads(m, &a, N, T, first, 1);
+}
+
+static void attention_block_forward(Model *m, int l, Acts *acts, int B, int T) {
+    const Config *c = &m->c;
+    int N = B * T, Q = c->NH * c->HS;
+    front_end_forward(m, l, acts, N, T, 0);
+    Heads a = heads_of(m, acts);
+    attention_forward(m, &a, (View){acts->att, Q, c->HS}, acts->lse, B, T);
+    linear_forward(m->proj, acts->att, m->w[l][APROJ_W], m->w[l][APROJ_B], N, Q, c->C);
+}
+
+// From d_proj (N, C) to d_norm.
+static void attention_block_backward(Model *m, int l, Acts *acts, const real *d_proj, int B, int T) {
+    const Config *c = &m->c;
+    int N = B * T, Q = c->NH * c->HS, rope = c->HS - c->NOPE;
+    linear_backward_weight(m, m->g[l][APROJ_W], m->g[l][APROJ_B], d_proj, acts->att, N, Q, c->C);
+    linear_backward_input(m->d.att, d_proj, m->w[l][APROJ_W], N, Q, c->C, 0);
+
+    Heads a = heads_of(m, acts), d = heads_of(m, &m->d), d_by_head = d;
+    d_by_head.k_rope = (View){m->d_k_rope, c->NKV * rope, rope};
+    attention_backward(m, &a, &d_by_head, (View){acts->att, Q, c->HS}, (View){m->d.att, Q, c->HS}, acts->lse, B, T);
+    #pragma omp parallel for
+    for (int t = 0; t < N; t++)  // the rotary key is one for all heads: its gradient is their sum
+        for (int i = 0; i < rope; i++) {
+            real sum = 0;
+            for (int g = 0; g < c->NKV; g++) sum += element(d_by_head.k_rope, t, g)[i];
+            element(d.k_rope, t, 0)[i] = sum;
+        }
+    rope_heads(m, &d, N, T, 0, -1);
+    if (c->attention == MLA) mla_backward(m, l, acts, N);
+    else qkv_backward(m, l, N);
+}
+
+// ============================================================================================
+// 7  THE NETWORK
+// ============================================================================================
+
+static void place_acts(Model *m, Arena *arena, int T, int training) {
+    const Config *c = &m->c;
+    size_t N = m->max_N, C = c->C, Q = c->NH * c->HS, rope = c->HS - c->NOPE;
+    size_t KV = c->R ? c->NH * (c->NOPE + c->HS) : 0, KV_A = c->R ? c->R + rope : 0;
+    int layers = training ? c->L : 1;
+    for (int l = 0; l < layers + training; l++) {
+        Acts *a = l < layers ? &m->acts[l] : &m->d;  // the gradients' set comes last
+        a->x = take(arena, N * C);
+        a->qkv = take(arena, N * c->QKV);
+        a->q_a = take(arena, N * c->RQ);
+        a->q = take(arena, c->R ? N * Q : 0);
+        a->kv_a = take(arena, N * KV_A);
+        a->kv = take(arena, N * KV);
+        a->att = take(arena, N * Q);
+        a->fc = take(arena, N * 4 * C);
+        if (l == layers) break;
+        a->lse = take(arena, N * c->NH);
+        a->x_mid = take(arena, N * C);
+    }
+    m->x_final = take(arena, N * C);
+    m->norm = take(arena, N * C);
+    m->latent = take(arena, N * c->R);
+    m->q_latent = take(arena, N * c->RQ);
+    m->gelu = take(arena, N * 4 * C);
+    m->proj = take(arena, N * C);
+    m->logits = take(arena, (size_t)m->head_rows * c->V);
+    m->row_loss = take(arena, m->head_rows);
+    m->strips = take(arena, (size_t)omp_get_max_threads() * 2 * STRIP * T);
+    if (!training) return;
+    m->d_norm = take(arena, N * C);
+    m->d_latent = take(arena, N * c->R);
+    m->d_q_latent = take(arena, N * c->RQ);
+    m->d_proj = take(arena, N * C);
+    m->d_k_rope = take(arena, N * c->NKV * rope);
+    m->partial = take(arena, (size_t)PIECES * max_int(4 * c->C, c->QKV));
+}
+
+// Memory for the activations of up to B sequences of T tokens.
+static void model_reserve(Model *m, int B, int T, int training) {
+    m->max_N = B * T;
+    m->head_rows = min_int(m->max_N, max_int(256, (1 << 20) / m->c.V));  // about 4 MB of logits
+    m->acts = allocate(sizeof(Acts) * (training ? m->c.L : 1), "activations");
+    Arena arena = {0};
+    place_acts(m, &arena, T, training);
+    m->act_memory = arena.base = allocate(arena.used * sizeof(real), "activations");
+    arena.used = 0;
+    place_acts(m, &arena, T, training);
+}
+
+static void model_free(Model *m) {
+    free(m->tensors), free(m->w), free(m->g), free(m->memory), free(m->acts), free(m->act_memory);
+    free(m);
+}
+
+// --- Embedding: x = dropout(wte[token] + wpe[position])          dropout's place 0
+
+static void embedding_forward(Model *m, real *x, const int *tokens, int N, int T, int first) {
+    int C = m->c.C;
+    const real *wte = m->w[0][WTE], *wpe = m->w[0][WPE];
+    #pragma omp parallel for
+    for (long n = 0; n < N; n++)
+        for (int i = 0; i < C; i++) {
+            real sum = wte[(long)tokens[n] * C + i] + (wpe ? wpe[(first + n % T) * C + i] : 0);
+            x[n * C + i] = m->dropout == 0 ? sum : sum * dropout_scale(m, 0, n * C + i);
+        }
+}
+
+// dwte[token] += dx, dwpe[position] += dx. Tokens repeat, so threads share out the columns.
+static void embedding_backward(Model *m, const int *tokens, int N, int T) {
+    enum { COLUMNS = 16 };
+    int C = m->c.C;
+    const real *dx = residual_backward(m, m->d_proj, m->d.x, (long)N * C, 0);
+    real *dwte = m->g[0][WTE], *dwpe = m->g[0][WPE];
+    #pragma omp parallel for
+    for (int i0 = 0; i0 < C; i0 += COLUMNS)
+        for (long n = 0; n < N; n++)
+            for (int i = i0; i < min_int(C, i0 + COLUMNS); i++) {
+                dwte[(long)tokens[n] * C + i] += dx[n * C + i];
+                if (dwpe) dwpe[(n % T) * C + i] += dx[n * C + i];
+            }
+}
+
+// --- Block (1): x_mid = x + dropout(attention(LN x)), y = x_mid + dropout(MLP(LN x_mid))
+//     dropout's places 2l+1 and 2l+2
+
+static void block_forward(Model *m, int l, Acts *acts, real *y, int B, int T) {
+    real **w = m->w[l];
+    int N = B * T, C = m->c.C;
+    norm_forward(m->norm, acts->x, C, w[LN1_W], w[LN1_B], N, C, LAYERNORM);
+    attention_block_forward(m, l, acts, B, T);
+    residual_forward(m, acts->x_mid, acts->x, m->proj, (long)N * C, 2 * l + 1);
+
+    norm_forward(m->norm, acts->x_mid, C, w[LN2_W], w[LN2_B], N, C, LAYERNORM);
+    linear_forward(acts->fc, m->norm, w[FC_W], w[FC_B], N, C, 4 * C);
+    gelu_forward(m->gelu, acts->fc, (long)N * 4 * C);
+    linear_forward(m->proj, m->gelu, w[MPROJ_W], w[MPROJ_B], N, 4 * C, C);
+    residual_forward(m, y, acts->x_mid, m->proj, (long)N * C, 2 * l + 2);
+}
+
+// d.x goes in as the gradient of y and comes out as that of x. Along the residual stream it just
+// passes; each branch adds its own. Norm outputs were not kept: each is made again first.
+static void block_backward(Model *m, int l, Acts *acts, int B, int T) {
+    real **w = m->w[l], **g = m->g[l];
+    int N = B * T, C = m->c.C;
+    norm_forward(m->norm, acts->x_mid, C, w[LN2_W], w[LN2_B], N, C, LAYERNORM);
+    const real *d_proj = residual_backward(m, m->d_proj, m->d.x, (long)N * C, 2 * l + 2);
+    linear_backward_input(m->d.fc, d_proj, w[MPROJ_W], N, 4 * C, C, 0);
+    gelu_backward(m->d.fc, m->gelu, acts->fc, (long)N * 4 * C);
+    linear_backward_weight(m, g[MPROJ_W], g[MPROJ_B], d_proj, m->gelu, N, 4 * C, C);
+    linear_backward_weight(m, g[FC_W], g[FC_B], m->d.fc, m->norm, N, C, 4 * C);
+    linear_backward_input(m->d_norm, m->d.fc, w[FC_W], N, C, 4 * C, 0);
+    norm_backward(m, m->d.x, g[LN2_W], g[LN2_B], m->d_norm, acts->x_mid, C, w[LN2_W], N, C, LAYERNORM);
+
+    norm_forward(m->norm, acts->x, C, w[LN1_W], w[LN1_B], N, C, LAYERNORM);
+    d_proj = residual_backward(m, m->d_proj, m->d.x, (long)N * C, 2 * l + 1);
+    attention_block_backward(m, l, acts, d_proj, B, T);
+    norm_backward(m, m->d.x, g[LN1_W], g[LN1_B], m->d_norm, acts->x, C, w[LN1_W], N, C, LAYERNORM);
+}
+
+// The final residual stream x_final (N, C) of B sequences of T tokens. When training, each
+// layer keeps its own acts; else all use the same, and the stream goes round in its x.
+static void forward(Model *m, const int *tokens, int B, int T, int training) {
+    embedding_forward(m, m->acts[0].x, tokens, B * T, T, 0);
+    for (int l = 0; l < m->c.L; l++) {
+        Acts *acts = &m->acts[training ? l : 0];
+        real *y = l == m->c.L - 1 ? m->x_final : training ? m->acts[l + 1].x : acts->x;
+        block_forward(m, l, acts, y, B, T);
+    }
+}
+
+// --- Head and loss: logits = LN(x_final) wte', loss = -log softmax(logits)[target] (9),
+//     d_logits = (softmax(logits) - onehot(target)) d_loss (10)
+
+// logits (rows, V) from `rows` normed rows x (rows, C)
+static void head_forward(Model *m, real *logits, const real *x, int rows) {
+    linear_forward(logits, x, m->w[0][WTE], NULL, rows, m->c.C, m->c.V);
+}
+
+// The sum of the losses of N tokens. With d_loss != 0, the gradient of d_loss times that sum is
+// added to wte and ln_f, and d.x is set. Logits exist for head_rows tokens at a time: their
+// gradient is taken where they stand, and all of them, (N, V), are never in memory.
+static double head_loss(Model *m, const int *targets, int N, double d_loss) {
+    real **w = m->w[0], **g = m->g[0];
+    int C = m->c.C, V = m->c.V;
+    double total = 0;
+    norm_forward(m->norm, m->x_final, C, w[LNF_W], w[LNF_B], N, C, LAYERNORM);
+    for (int r0 = 0; r0 < N; r0 += m->head_rows) {
+        int rows = min_int(m->head_rows, N - r0);
+        real *x = m->norm + (long)r0 * C;
+        head_forward(m, m->logits, x, rows);
+        #pragma omp parallel for
+        for (int r = 0; r < rows; r++) {
+            real *z = m->logits + (long)r * V, target = z[targets[r0 + r]];
+            real max = largest(z, V), sum = exp_row(z, V, 1, max);
+            m->row_loss[r] = (real)log(sum) + max - target;
+            if (d_loss == 0) continue;
+            real scale = (real)d_loss / sum;
+            for (int v = 0; v < V; v++) z[v] *= scale;
+            z[targets[r0 + r]] -= (real)d_loss;
+        }
+        for (int r = 0; r < rows; r++) total += m->row_loss[r];
+        if (d_loss == 0) continue;
+        linear_backward_weight(m, g[WTE], NULL, m->logits, x, rows, C, V);
+        linear_backward_input(m->d_norm + (long)r0 * C, m->logits, w[WTE], rows, C, V, 0);
+    }
+    if (d_loss != 0) {
+        memset(m->d.x, 0, (size_t)N * C * sizeof(real));
+        norm_backward(m, m->d.x, g[LNF_W], g[LNF_B], m->d_norm, m->x_final, C, w[LNF_W], N, C, LAYERNORM);
+    }
+    return total;
+}
+
+// Mean loss over B*T targets; adds the gradient of that mean times `share` (1/micro-batches).
+static double forward_backward(Model *m, const int *tokens, const int *targets, int B, int T, double share) {
+    forward(m, tokens, B, T, 1);
+    double loss = head_loss(m, targets, B * T, share / (B * T)) / (B * T);
+    for (int l = m->c.L - 1; l >= 0; l--) block_backward(m, l, &m->acts[l], B, T);
+    embedding_backward(m, tokens, B * T, T);
+    return loss;
+}
+
+// The same loss alone, summed over the targets.
+static double forward_loss(Model *m, const int *tokens, const int *targets, int B, int T) {
+    forward(m, tokens, B, T, 0);
+    return head_loss(m, targets, B * T, 0);
+}
+
+// ============================================================================================
+// 8  OPTIMIZER
+// ============================================================================================
+
+// The Euclidean norm of all gradients together (28).
+static double gradient_norm(const Model *m) {
+    double sums[PIECES], total = 0;
+    #pragma omp parallel for
+    for (int p = 0; p < PIECES; p++) {
+        size_t from = m->block * p / PIECES, to = m->block * (p + 1) / PIECES;
+        double sum = 0;
+        #pragma omp simd reduction(+:sum)
+        for (size_t k = from; k < to; k++) sum += (double)m->grads[k] * m->grads[k];
+        sums[p] = sum;
+    }
+    for (int p = 0; p < PIECES; p++) total += sums[p];
+    return sqrt(total);
+}
+
+// What to multiply gradients by so that their norm is at most `limit`; 0: no limit (28).
+static double clip_scale(double norm, double limit) { return limit > 0 && norm > limit ? limit / norm : 1; }
+
+typedef struct {
+    double beta1, beta2, eps, weight_decay;
+} AdamW;
+
+// AdamW (27), step counted from 1. Gradients are multiplied by grad_scale (clipping) and set to
+// zero for the next step. Decay touches matrices only, and is apart from the gradient:
+//     m = b1 m + (1-b1) g      v = b2 v + (1-b2) g^2
+//     w = w (1 - lr decay) - lr (m / (1-b1^step)) / (sqrt(v / (1-b2^step)) + eps)
+static void adamw_update(Model *m, const AdamW *o, double learning_rate, long step, double grad_scale) {
+    real b1 = o->beta1, b2 = o->beta2, eps = o->eps, scale = grad_scale, lr = learning_rate;
+    real correct1 = 1 / (1 - pow(o->beta1, step)), correct2 = 1 / (1 - pow(o->beta2, step));
+    for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
+        real *w = m->params + t->offset, *dw = m->grads + t->offset;
+        real *am = m->adam_m + t->offset, *av = m->adam_v + t->offset;
+        real keep = t->cols ? 1 - learning_rate * o->weight_decay : 1;
+        #pragma omp parallel for simd
+        for (size_t k = 0; k < t->size; k++) {
+            real g = dw[k] * scale;
+            am[k] = b1 * am[k] + (1 - b1) * g;
+            av[k] = b2 * av[k] + (1 - b2) * g * g;
+            w[k] = w[k] * keep - lr * (am[k] * correct1) / ((real)sqrt(av[k] * correct2) + eps);
+            dw[k] = 0;
+        }
+    }
+}
+
+enum { COSINE, CONSTANT };
+static const char *const schedule_names[] = {"cosine", "constant", NULL};
+
+typedef struct {
+    int kind;
+    long steps, warmup;
+    double peak, floor;
+} Schedule;
+
+// The learning rate of step 0, 1, ...: linear warm-up, then half a cosine down to the floor, or
+// constant (29).
+static double learning_rate_at(const Schedule *s, long step) {
+    if (step < s->warmup) return s->peak * (step + 1) / (s->warmup + 1);
+    if (s->kind == CONSTANT || s->steps <= s->warmup) return s->peak;
+    double done = (double)(step - s->warmup) / (s->steps - s->warmup);
+    return s->floor + 0.5 * (1 + cos(PI * done)) * (s->peak - s->floor);
+}
+
+// ============================================================================================
+// 9  DATA
+// ============================================================================================
+// Files are little-endian, as are the machines this runs on.
+
+// A whole regular file in memory, with a NUL behind it.
+static unsigned char *read_file(const char *path, size_t *size) {
+    struct stat st;
+    if (stat(path, &st)) fail(1, "%s: cannot open: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode))
+        fail(1, "%s: found a %s, expected a regular file", path, S_ISDIR(st.st_mode) ? "folder" : "pipe or device");
+    FILE *f = fopen(path, "rb");
+    if (!f) fail(1, "%s: cannot open: %s", path, strerror(errno));
+    unsigned char *bytes = allocate(st.st_size + 1, path);
+    *size = st.st_size;
+    if (fread(bytes, 1, *size, f) != *size) fail(1, "%s: cannot read its %zu bytes", path, *size);
+    fclose(f);
+    return bytes;
+}
+
+// --- Tokens: llm.c's format (256 int32: 20240520, 1, count; then uint16 tokens), or plain text,
+//     whose bytes are the tokens
+
+typedef struct {
+    const char *path;
+    uint16_t *tokens;
+    long n;
+    int largest;  // token
+} Data;
+
+static void data_set_text(Data *d, const unsigned char *bytes, size_t size) {
+    d->n = size;
+    d->tokens = allocate(size * sizeof *d->tokens, d->path);
+    for (size_t i = 0; i < size; i++) d->tokens[i] = bytes[i];
+}
+
+static Data data_load(const char *path) {
+    enum { HEADER = 1024, MAGIC = 20240520 };
+    Data d = {.path = path};
+    size_t size;
+    unsigned char *bytes = read_file(path, &size);
+    int32_t header[3] = {0};
+    memcpy(header, bytes, size < sizeof header ? size : sizeof header);
+    if (header[0] == MAGIC) {
+        if (size < HEADER) fail(1, "%s: %zu bytes, expected a header of %d: the file is cut short", path, size, HEADER);
+        if (header[1] != 1) fail(1, "%s: token file version %d, expected 1", path, header[1]);
+        if (header[2] < 0 || (size - HEADER) != 2 * (size_t)header[2])
+            fail(1, "%s: %zu bytes follow the header, expected %lld for its count of %d tokens", path, size - HEADER,
+                 2LL * header[2], header[2]);
+        d.n = header[2];
+        d.tokens = allocate(size - HEADER, path);
+        memcpy(d.tokens, bytes + HEADER, size - HEADER);
+    } else {
+        unsigned char *zero = memchr(bytes, 0, size);
+        if (zero)
+            fail(1, "%s: neither tokens (first number %d, expected %d) nor text (a zero byte at offset %ld)", path,
+                 header[0], MAGIC, (long)(zero - bytes));
+        data_set_text(&d, bytes, size);
+    }
+    free(bytes);
+    if (d.n < 2) fail(1, "%s: %ld tokens, expected at least 2", path, d.n);
+    for (long i = 0; i < d.n; i++) d.largest = max_int(d.largest, d.tokens[i]);
+    return d;
+}
+
+// With no data prepared: this repository's own text, its last tenth for validation.
+static void data_own_text(Data *train, Data *val) {
+    static const char *const files[] = {"train_gpt2_mla.c", "doc/writeup.md", "test_mla.c", "README.md"};
+    size_t total = 0, size;
+    unsigned char *all = NULL;
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        if (access(files[i], R_OK)) continue;
+        unsigned char *bytes = read_file(files[i], &size);
+        if (!(all = realloc(all, total + size))) fail(1, "%s: no memory for its %zu bytes", files[i], size);
+        memcpy(all + total, bytes, size);
+        total += size;
+        free(bytes);
+    }
+    if (total < 10000)
+        fail(1, "no data: run this in the repository, run `make shakespeare` first, or name a text with --train-data FILE");
+    *train = (Data){.path = "the repository's own text", .largest = 255};
+    *val = *train;
+    data_set_text(train, all, total - total / 10);
+    data_set_text(val, all + total - total / 10, total / 10);
+    free(all);
+}
+
+// --- Tokenizer: llm.c's format, which only decodes (256 uint32: 20240328, version, vocabulary,
+//     end of text; then for each token a length byte and its bytes). Without a file tokens are bytes.
+
+typedef struct {
+    int V, eot;             // eot: the token that samples start from
+    unsigned char *bytes;   // those of token t are bytes[start[t]] .. bytes[start[t+1] - 1]
+    size_t *start;
+} Tokenizer;
+
+static Tokenizer tokenizer_bytes(void) {
+    Tokenizer t = {.V = 256, .eot = '\n', .bytes = allocate(256, "tokenizer")};
+    t.start = allocate(257 * sizeof(size_t), "tokenizer");
+    for (int i = 0; i < 256; i++) t.bytes[i] = i, t.start[i + 1] = i + 1;
+    return t;
+}
+
+static Tokenizer tokenizer_load(const char *path) {
+    enum { HEADER = 1024, MAGIC = 20240328, GPT2_EOT = 50256 };
+    size_t size, at = HEADER;
+    Tokenizer t = {.bytes = read_file(path, &size)};
+    uint32_t header[4] = {0};
+    memcpy(header, t.bytes, size < sizeof header ? size : sizeof header);
+    if (header[0] != MAGIC) fail(1, "%s: first number %u, expected a tokenizer's %d", path, header[0], MAGIC);
+    if (size < HEADER) fail(1, "%s: %zu bytes, expected a header of %d: the file is cut short", path, size, HEADER);
+    if (header[1] != 1 && header[1] != 2) fail(1, "%s: tokenizer version %u, expected 1 or 2", path, header[1]);
+    if (header[2] < 1 || header[2] > 65536) fail(1, "%s: vocabulary of %u, expected 1 to 65536", path, header[2]);
+    t.V = header[2];
+    t.eot = header[1] == 1 ? GPT2_EOT : (int)header[3];  // version 1 did not store it
+    if (t.eot < 0 || t.eot >= t.V) fail(1, "%s: end-of-text token %u, expected less than %d", path, t.eot, t.V);
+    t.start = allocate((t.V + 1) * sizeof(size_t), path);
+    for (int i = 0; i < t.V; i++) {
+        size_t length = at < size ? t.bytes[at] : 0;
+        if (at >= size || at + 1 + length > size)
+            fail(1, "%s: ends within token %d, expected %d tokens: the file is cut short", path, i, t.V);
+        memmove(t.bytes + t.start[i], t.bytes + at + 1, length);  // never overtakes what it reads
+        t.start[i + 1] = t.start[i] + length;
+        at += 1 + length;
+    }
+    if (at != size) fail(1, "%s: %zu bytes after its last token", path, size - at);
+    return t;
+}
+
+static int token_length(const Tokenizer *t, int token) { return t->start[token + 1] - t->start[token]; }
+
+// Writes a token's bytes, without control characters that could upset a terminal.
+static void print_token(const Tokenizer *t, int token) {
+    for (size_t i = t->start[token]; i < t->start[token + 1]; i++) {
+        unsigned char c = t->bytes[i];
+        if (c >= 32 ? c != 127 : c == '\n' || c == '\t') putchar(c);
+    }
+}
+
+// --- Batches
+
+enum { RANDOM, SEQUENTIAL };
+static const char *const order_names[] = {"random", "sequential", NULL};
+
+// Micro-batch number `index` of a run: tokens x (B, T) and the tokens that follow each, y (B, T).
+// Sequential: consecutive pieces of B*T tokens, from the start again when the rest is too short
+// (as llm.c). Random: every row starts anywhere. Both depend on the index alone.
+static void next_batch(const Data *d, int order, uint64_t seed, long index, int *x, int *y, int B, int T) {
+    uint64_t key = random_stream(seed, STREAM_DATA, index);
+    for (int b = 0; b < B; b++) {
+        long from = order == SEQUENTIAL ? index % ((d->n - 1) / ((long)B * T)) * B * T + (long)b * T
+                                        : (long)(random_bits(key, b) % (d->n - T));
+        for (int t = 0; t < T; t++) {
+            x[b * T + t] = d->tokens[from + t];
+            y[b * T + t] = d->tokens[from + t + 1];
+        }
+    }
+}
+
+// ============================================================================================
+// 10  CHECKPOINTS
+// ============================================================================================
+// safetensors: 8 bytes length of the header, the header in JSON, then the tensors' raw data.
+// {"__metadata__": {"key": "value", ...}, "name": {"dtype": "F32", "shape": [2, 3],
+// "data_offsets": [from, to]}, ...}. A training checkpoint has the moments adam.m.* and adam.v.*
+// beside the parameters and the run's state in the metadata; it opens as a model all the same.
+
+// The configuration's keys in the metadata. One list serves writing and reading.
+typedef struct {
+    const char *key;
+    size_t offset;              // of the int in Config
+    const char *const *names;   // NULL: a number
+} ConfigKey;
+
+static const ConfigKey config_keys[] = {
+    {"attention", offsetof(Config, attention), attention_names},
+    {"position", offsetof(Config, position), position_names},
+    {"n_layer", offsetof(Config, L), NULL},
+    {"n_head", offsetof(Config, NH), NULL},
+    {"n_kv_head", offsetof(Config, NKV), NULL},
+    {"n_embd", offsetof(Config, C), NULL},
+    {"block_size", offsetof(Config, block_size), NULL},
+    {"vocab_size", offsetof(Config, V), NULL},
+    {"q_rank", offsetof(Config, RQ), NULL},
+    {"kv_rank", offsetof(Config, R), NULL},
+    {"rope_dim", offsetof(Config, RD), NULL},
+    {"latent_norm", offsetof(Config, latent_norm), norm_names},
+};
+enum { CONFIG_KEYS = sizeof config_keys / sizeof *config_keys };
+
+typedef struct {
+    long step;      // steps done
+    uint64_t seed;
+} RunState;
+
+// --- Writing
+
+typedef struct {
+    char *text;
+    size_t length, room;
+} Text;
+
+static void text_add(Text *t, const char *format, ...) {
+    char piece[256];
+    va_list args;
+    va_start(args, format);
+    size_t n = vsnprintf(piece, sizeof piece, format, args);
+    va_end(args);
+    if (t->length + n + 1 > t->room) {
+        t->room = 2 * (t->room + sizeof piece);
+        if (!(t->text = realloc(t->text, t->room))) fail(1, "checkpoint header: no memory for %zu bytes", t->room);
+    }
+    memcpy(t->text + t->length, piece, n + 1);
+    t->length += n;
+}
+
+static const char *const part_prefix[] = {"", "adam.m.", "adam.v."};
+
+static real *part_of(const Model *m, int part) { return part == 0 ? m->params : part == 1 ? m->adam_m : m->adam_v; }
+
+// Writes `path`.tmp and renames it when it is complete: a file that bears the name is whole.
+// With a state, the moments and the state are written too.
+static void checkpoint_save(const Model *m, const char *path, const RunState *state) {
+    struct stat st;
+    if (!stat(path, &st) && !S_ISREG(st.st_mode))
+        fail(1, "%s: exists and is not a regular file; will not replace it", path);
+    Text head = {0};
+    size_t at = 0, ok;
+    int parts = state ? 3 : 1;
+    text_add(&head, "{\"__metadata__\":{\"format\":\"train_gpt2_mla\"");
+    for (const ConfigKey *k = config_keys; k < config_keys + CONFIG_KEYS; k++) {
+        int value = *(const int *)((const char *)&m->c + k->offset);
+        if (k->names) text_add(&head, ",\"%s\":\"%s\"", k->key, k->names[value]);
+        else text_add(&head, ",\"%s\":\"%d\"", k->key, value);
+    }
+    if (state) text_add(&head, ",\"step\":\"%ld\",\"seed\":\"%llu\"", state->step, (unsigned long long)state->seed);
+    text_add(&head, "}");
+    for (int part = 0; part < parts; part++)
+        for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
+            text_add(&head, ",\"%s%s\":{\"dtype\":\"F32\",\"shape\":[%d", part_prefix[part], t->name, t->rows);
+            if (t->cols) text_add(&head, ",%d", t->cols);
+            text_add(&head, "],\"data_offsets\":[%zu,%zu]}", at, at + 4 * t->size);
+            at += 4 * t->size;
+        }
+    text_add(&head, "}");
+    while (head.length % 8) text_add(&head, " ");  // so that the data is aligned
+
+    char *temporary = allocate(strlen(path) + 5, path);
+    sprintf(temporary, "%s.tmp", path);
+    FILE *f = fopen(temporary, "wb");
+    if (!f) fail(1, "%s: cannot write: %s", temporary, strerror(errno));
+    uint64_t length = head.length;
+    ok = fwrite(&length, 8, 1, f) == 1 && fwrite(head.text, 1, head.length, f) == head.length;
+    for (int part = 0; part < parts; part++)
+        for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++)
+            for (size_t k = 0; ok && k < t->size;) {
+                float piece[4096];  // F32 in the file, whatever real is
+                size_t n = t->size - k < 4096 ? t->size - k : 4096;
+                for (size_t i = 0; i < n; i++) piece[i] = part_of(m, part)[t->offset + k + i];
+                ok = fwrite(piece, 4, n, f) == n;
+                k += n;
+            }
+    ok = ok && !fflush(f) && !fsync(fileno(f));
+    int error = errno;
+    if (fclose(f) || !ok || rename(temporary, path)) {
+        if (ok) error = errno;
+        unlink(temporary);
+        fail(1, "%s: not written: %s (a file of that name is as it was)", path, strerror(error));
+    }
+    free(temporary), free(head.text);
+}
+
+// --- Reading. The header's few forms are parsed where they stand; strings are unescaped in place.
+
+typedef struct {
+    char *name;
+    int dims;
+    size_t shape[2], from, to;  // bytes in the data
+} Entry;
+
+typedef struct {
+    const char *path;
+    FILE *f;
+    char *header, *p, *end;     // p, end: the parser's place and its limit
+    size_t data_start, data_size;
+    Entry *entries;             // sorted by name
+    int n;
+    char **meta;                // key, value, key, value, ...
+    int n_meta;
+} Checkpoint;
+
+static void json_fail(const Checkpoint *k, const char *expected) {
+    fail(1, "%s: its header is not that of a safetensors file at byte %ld: expected %s", k->path,
+         (long)(k->p - k->header) + 8, expected);
+}
+
+static char json_peek(Checkpoint *k) {  // the next character that is not space; 0 at the end
+    while (k->p < k->end && (*k->p == ' ' || *k->p == '\n' || *k->p == '\t' || *k->p == '\r')) k->p++;
+    return k->p < k->end ? *k->p : 0;
+}
+
+static void json_char(Checkpoint *k, char c) {
+    char expected[] = {'\'', c, '\'', 0};
+    if (json_peek(k) != c) json_fail(k, expected);
+    k->p++;
+}
+
+// Whether another element follows in a list or object that `close` ends.
+static int json_more(Checkpoint *k, char close) {
+    if (json_peek(k) == ',') return k->p++, 1;
+    json_char(k, close);
+    return 0;
+}
+
+static char *json_string(Checkpoint *k) {
+    json_char(k, '"');
+    char *start = k->p, *out = k->p;
+    while (k->p < k->end && *k->p != '"') {
+        if (!*k->p) json_fail(k, "no zero byte in a string");
+        if (*k->p == '\\' && (k->p + 1 == k->end || !strchr("\"\\/", *++k->p))) json_fail(k, "one of \" \\ / after a backslash");
+        *out++ = *k->p++;
+    }
+    if (k->p == k->end) json_fail(k, "the end of a string");
+    k->p++;
+    *out = 0;
+    return start;
+}
+
+static size_t json_number(Checkpoint *k) {
+    size_t n = 0;
+    if (json_peek(k) < '0' || json_peek(k) > '9') json_fail(k, "a whole number");
+    for (; k->p < k->end && *k->p >= '0' && *k->p <= '9'; k->p++) {
+        if (n > (SIZE_MAX >> 8) / 10) json_fail(k, "a number of a size that a file can have");
+        n = 10 * n + (*k->p - '0');
+    }
+    return n;
+}
+
+static void json_tensor(Checkpoint *k, Entry *e) {
+    size_t values = 1;
+    int has_shape = 0, has_offsets = 0, has_dtype = 0;
+    json_char(k, '{');
+    do {
+        char *key = json_string(k);
+        json_char(k, ':');
+        if (!strcmp(key, "dtype")) {
+            char *dtype = json_string(k);
+            if (strcmp(dtype, "F32")) fail(1, "%s: %s has dtype %s, expected F32", k->path, e->name, dtype);
+            has_dtype = 1;
+        } else if (!strcmp(key, "shape")) {
+            json_char(k, '[');
+            has_shape = 1;
+            if (json_peek(k) == ']') { k->p++; continue; }
+            do {
+                size_t n = json_number(k);
+                if (e->dims < 2) e->shape[e->dims] = n;
+                e->dims++;
+                if (n && values > SIZE_MAX / 8 / n) fail(1, "%s: %s has a shape larger than any file", k->path, e->name);
+                values *= n;
+            } while (json_more(k, ']'));
+        } else if (!strcmp(key, "data_offsets")) {
+            json_char(k, '[');
+            e->from = json_number(k);
+            json_char(k, ',');
+            e->to = json_number(k);
+            json_char(k, ']');
+            has_offsets = 1;
+        } else json_fail(k, "dtype, shape or data_offsets");
+    } while (json_more(k, '}'));
+    if (!has_shape || !has_offsets || !has_dtype) json_fail(k, "dtype, shape and data_offsets in each tensor");
+    if (e->to < e->from || e->to - e->from != 4 * values)
+        fail(1, "%s: %s has offsets %zu to %zu, expected %zu bytes for its shape", k->path, e->name, e->from, e->to, 4 * values);
+}
+
+static int entry_by_name(const void *a, const void *b) { return strcmp(((const Entry *)a)->name, ((const Entry *)b)->name); }
+static int entry_by_place(const void *a, const void *b) {
+    const Entry *x = a, *y = b;
+    return x->from != y->from ? (x->from > y->from) - (x->from < y->from) : (x->to > y->to) - (x->to < y->to);
+}
+
+// Opens a file, reads its header and checks that the tensors tile the data exactly.
+static Checkpoint checkpoint_open(const char *path) {
+    Checkpoint k = {.path = path};
+    struct stat st;
+    uint64_t length = 0;
+    if (stat(path, &st)) fail(1, "%s: cannot open: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode))
+        fail(1, "%s: found a %s, expected a regular file", path, S_ISDIR(st.st_mode) ? "folder" : "pipe or device");
+    if (!(k.f = fopen(path, "rb"))) fail(1, "%s: cannot open: %s", path, strerror(errno));
+    size_t size = st.st_size;
+    if (size < 8 || fread(&length, 8, 1, k.f) != 1) fail(1, "%s: %zu bytes, expected a safetensors checkpoint", path, size);
+    if (length > size - 8 || length > 100000000)
+        fail(1, "%s: its header claims %llu bytes of a file of %zu: not a safetensors file, or cut short", path,
+             (unsigned long long)length, size);
+    k.header = k.p = allocate(length + 1, path);
+    k.end = k.header + length;
+    k.data_start = 8 + length, k.data_size = size - k.data_start;
+    if (fread(k.header, 1, length, k.f) != length) fail(1, "%s: cannot read its header", path);
+
+    int room = 0, room_meta = 0;
+    json_char(&k, '{');
+    do {
+        char *name = json_string(&k);
+        json_char(&k, ':');
+        if (!strcmp(name, "__metadata__")) {
+            json_char(&k, '{');
+            if (json_peek(&k) == '}') { k.p++; continue; }
+            do {
+                if (k.n_meta + 2 > room_meta && !(k.meta = realloc(k.meta, (room_meta = 2 * room_meta + 32) * sizeof *k.meta)))
+                    fail(1, "%s: no memory for its metadata", path);
+                k.meta[k.n_meta++] = json_string(&k);
+                json_char(&k, ':');
+                k.meta[k.n_meta++] = json_string(&k);
+            } while (json_more(&k, '}'));
+        } else {
+            if (k.n == room && !(k.entries = realloc(k.entries, (room = 2 * room + 64) * sizeof *k.entries)))
+                fail(1, "%s: no memory for its list of tensors", path);
+            k.entries[k.n] = (Entry){.name = name};
+            json_tensor(&k, &k.entries[k.n++]);
+        }
+    } while (json_more(&k, '}'));
+    if (json_peek(&k)) json_fail(&k, "the end of the header");
+
+    size_t at = 0;
+    qsort(k.entries, k.n, sizeof *k.entries, entry_by_place);
+    for (int i = 0; i < k.n; at = k.entries[i++].to)
+        if (k.entries[i].from != at)
+            fail(1, "%s: %s starts at byte %zu of the data, expected %zu: tensors overlap or leave gaps", path,
+                 k.entries[i].name, k.entries[i].from, at);
+    if (at != k.data_size) fail(1, "%s: %zu bytes of data, expected %zu: cut short or over-long", path, k.data_size, at);
+    qsort(k.entries, k.n, sizeof *k.entries, entry_by_name);
+    for (int i = 1; i < k.n; i++)
+        if (!strcmp(k.entries[i].name, k.entries[i - 1].name)) fail(1, "%s: two tensors named %s", path, k.entries[i].name);
+    return k;
+}
+
+static void checkpoint_close(Checkpoint *k) {
+    fclose(k->f);
+    free(k->header), free(k->entries), free(k->meta);
+}
+
+static const char *checkpoint_meta(const Checkpoint *k, const char *key) {  // NULL: absent
+    for (int i = 0; i < k->n_meta; i += 2)
+        if (!strcmp(k->meta[i], key)) return k->meta[i + 1];
+    return NULL;
+}
+
+static const Entry *checkpoint_find(const Checkpoint *k, const char *name) {
+    Entry key = {.name = (char *)name};
+    return k->n ? bsearch(&key, k->entries, k->n, sizeof key, entry_by_name) : NULL;
+}
+
+// Reads tensor `name` into x; its shape must be (rows, cols), or (rows) for cols 0.
+static void checkpoint_read(const Checkpoint *k, const char *name, real *x, int rows, int cols) {
+    const Entry *e = checkpoint_find(k, name);
+    if (!e) fail(1, "%s: has no tensor %s, which its configuration needs", k->path, name);
+    if (e->dims != (cols ? 2 : 1) || e->shape[0] != (size_t)rows || (cols && e->shape[1] != (size_t)cols)) {
+        if (cols) fail(1, "%s: %s has %d dimensions starting %zu, %zu; expected (%d, %d)", k->path, name, e->dims, e->shape[0], e->shape[1], rows, cols);
+        fail(1, "%s: %s has %d dimensions starting %zu; expected (%d)", k->path, name, e->dims, e->shape[0], rows);
+    }
+    size_t size = (e->to - e->from) / 4;
+    if (fseeko(k->f, k->data_start + e->from, SEEK_SET)) fail(1, "%s: cannot read %s", k->path, name);
+    for (size_t i = 0; i < size;) {
+        float piece[4096];
+        size_t n = size - i < 4096 ? size - i : 4096;
+        if (fread(piece, 4, n, k->f) != n) fail(1, "%s: cannot read %s", k->path, name);
+        for (size_t j = 0; j < n; j++) {
+            if (!isfinite(piece[j])) fail(1, "%s: %s holds %f at place %zu, expected finite numbers", k->path, name, piece[j], i + j);
+            x[i + j] = piece[j];
+        }
+        i += n;
+    }
+}
+
+// The configuration in the metadata.
+static Config checkpoint_config(const Checkpoint *k) {
+    Config c;
+    const char *format = checkpoint_meta(k, "format");
+    if (!format || strcmp(format, "train_gpt2_mla"))
+        fail(1, "%s: its metadata's format is %s, expected train_gpt2_mla", k->path, format ? format : "missing");
+    for (const ConfigKey *key = config_keys; key < config_keys + CONFIG_KEYS; key++) {
+        const char *value = checkpoint_meta(k, key->key);
+        char *end;
+        long n = 0;
+        if (!value) fail(1, "%s: its metadata has no %s", k->path, key->key);
+        if (key->names) {
+            while (key->names[n] && strcmp(key->names[n], value)) n++;
+            if (!key->names[n]) fail(1, "%s: %s is %s, which this program does not know", k->path, key->key, value);
+        } else {
+            n = strtol(value, &end, 10);
+            if (end == value || *end || n < 0 || n > 1 << 24)
+                fail(1, "%s: %s is '%s', expected a whole number from 0 to %d", k->path, key->key, value, 1 << 24);
+        }
+        *(int *)((char *)&c + key->offset) = n;
+    }
+    if (c.L < 1 || c.NH < 1 || c.C < 1 || c.block_size < 1 || c.V < 1)
+        fail(1, "%s: layers, heads, channels, block_size and vocab_size must be at least 1", k->path);
+    config_complete(&c, k->path);
+    return c;
+}
+
+static int foreign(const char *name) { return !strncmp(name, "adam.", 5) || !strncmp(name, "ref.", 4); }
+
+// The parameters, and with moments those too. Every tensor of the file must have its place in
+// the model, but for those of an optimizer or of a test's reference.
+static void checkpoint_read_model(const Checkpoint *k, Model *m, int moments) {
+    char name[80];
+    for (int part = 0; part < (moments ? 3 : 1); part++)
+        for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
+            snprintf(name, sizeof name, "%s%s", part_prefix[part], t->name);
+            checkpoint_read(k, name, part_of(m, part) + t->offset, t->rows, t->cols);
+        }
+    int own = 0;  // names are unique: if this many are ours, all are
+    for (int i = 0; i < k->n; i++) own += !foreign(k->entries[i].name);
+    for (int i = 0, known; own != m->n_tensors && i < k->n; i++) {
+        known = foreign(k->entries[i].name);
+        for (int j = 0; j < m->n_tensors && !known; j++) known = !strcmp(k->entries[i].name, m->tensors[j].name);
+        if (!known) fail(1, "%s: tensor %s has no place in a model of its configuration", k->path, k->entries[i].name);
+    }
+}
+
+// ============================================================================================
+// 11  TRAINING
+// ============================================================================================
+
+// What the command line sets; config holds -1 where it says nothing.
+typedef struct {
+    Config config;
+    const char *train_data, *val_data, *tokenizer, *log, *save, *load;
+    int order, schedule, batch_size, seq_len, grad_accum, val_every, val_batches, sample_every, eval, help;
+    long steps, warmup, seed;
+    double learning_rate, min_lr, grad_clip, dropout;
+    AdamW adam;
+} Options;
+
+// One token from the distribution softmax(logits / temperature) over the top_k likeliest
+// (0: all); temperature 0 takes the likeliest. u in (0, 1) decides. Overwrites logits.
+static int sample_token(real *logits, int V, double temperature, double u) {
+    int best = 0;
+    for (int v = 1; v < V; v++) if (logits[v] > logits[best]) best = v;
+    if (temperature == 0) return best;
+    real max = logits[best];
+    double sum = 0, running = 0;
+    for (int v = 0; v < V; v++) sum += logits[v] = exp((logits[v] - max) / temperature);
+    for (int v = 0; v < V; v++)
+        if ((running += logits[v]) > u * sum) return v;
+    return best;
+}
+
+// Prints n tokens that follow an end-of-text token.
+static void print_sample(Model *m, const Tokenizer *tokenizer, int T, int n, uint64_t seed, long step) {
+    int *window = allocate(T * sizeof(int), "sample"), filled = 1;
+    float dropout = m->dropout;
+    m->dropout = 0;
+    window[0] = min_int(tokenizer->eot, m->c.V - 1);
+    for (int i = 0; i < n; i++) {
+        forward(m, window, 1, filled, 0);
+        norm_forward(m->norm, m->x_final, m->c.C, m->w[0][LNF_W], m->w[0][LNF_B], filled, m->c.C, LAYERNORM);
+        head_forward(m, m->logits, m->norm + (long)(filled - 1) * m->c.C, 1);
+        int token = sample_token(m->logits, m->c.V, 0.8, random_uniform(random_stream(seed, STREAM_SAMPLE, step), i));
+        if (filled == T) memmove(window, window + 1, --filled * sizeof(int));
+        window[filled++] = token;
+        if (token < tokenizer->V) print_token(tokenizer, token);
+        fflush(stdout);
+    }
+    m->dropout = dropout;
+    free(window);
+    printf("\n");
+}
+
+typedef struct {
+    double loss;           // mean over tokens, in nats
+    double bits_per_byte;  // the same over the bytes they stand for; NaN without a tokenizer
+    long tokens;
+} Evaluation;
+
+// The loss over consecutive windows of T targets, B at a time; the last, shorter window counts
+// too: every token but the first is predicted once. With max_batches, that many batches, spread
+// evenly over the data.
+static Evaluation evaluate(Model *m, const Data *d, const Tokenizer *tokenizer, int B, int T, int max_batches) {
+    Evaluation e = {0};
+    double sum = 0, bytes = 0;
+    long full = (d->n - 1) / T, tail = (d->n - 1) % T, batches = (full + B - 1) / B + (tail > 0);
+    long taken = max_batches && max_batches < batches ? max_batches : batches;
+    int *x = allocate(2 * sizeof(int) * B * T, "evaluation batch"), *y = x + B * T;
+    float dropout = m->dropout;
+    m->dropout = 0;
+    for (long i = 0; i < taken; i++) {
+        long window = i * batches / taken * B;
+        int rows = full - window < B ? full - window : B, length = T;
+        if (window >= full) window = full, rows = 1, length = tail;
+        for (long k = 0; k < (long)rows * length; k++) {
+            x[k] = d->tokens[window * T + k];
+            y[k] = d->tokens[window * T + k + 1];
+            bytes += y[k] < tokenizer->V ? token_length(tokenizer, y[k]) : NAN;
+        }
+        sum += forward_loss(m, x, y, rows, length);
+        e.tokens += (long)rows * length;
+    }
+    m->dropout = dropout;
+    free(x);
+    e.loss = sum / e.tokens;
+    e.bits_per_byte = sum / log(2) / bytes;
+    return e;
+}
+
+static void print_evaluation(const Evaluation *e) {
+    printf("loss %.8f perplexity %.4f bits_per_byte %.6f tokens %ld\n", e->loss, exp(e->loss), e->bits_per_byte, e->tokens);
+    fflush(stdout);
+}
+
+static void print_duration(double s) {
+    if (s >= 3600) printf("%dh%02dm", (int)s / 3600, (int)s / 60 % 60);
+    else if (s >= 60) printf("%dm%02ds", (int)s / 60, (int)s % 60);
+    else printf("%.0fs", s);
+}
+
+static void train(Model *m, const Options *o, const Data *data, const Data *val, const Tokenizer *tokenizer) {
+    int B = o->batch_size, T = o->seq_len, live = isatty(1);
+    int *x = allocate(2 * sizeof(int) * B * T, "batch"), *y = x + B * T;
+    Schedule schedule = {o->schedule, o->steps, o->warmup, o->learning_rate, o->min_lr};
+    RunState state = {.seed = o->seed};
+    FILE *log = o->log ? fopen(o->log, "w") : NULL;
+    if (o->log && !log) fail(1, "%s: cannot write: %s", o->log, strerror(errno));
+    if (log) fprintf(log, "step,loss,lr,grad_norm,val_loss,tok_per_s,seconds\n");
+
+    double start = seconds(), stepping = 0;  // stepping: time without validation and samples
+    for (long step = 0; step < o->steps; step++) {
+        double t0 = seconds(), loss = 0, lr = learning_rate_at(&schedule, step);
+        for (int micro = 0; micro < o->grad_accum; micro++) {
+            long index = step * o->grad_accum + micro;
+            next_batch(data, o->order, o->seed, index, x, y, B, T);
+            m->dropout_key = random_stream(o->seed, STREAM_DROPOUT, index);
+            loss += forward_backward(m, x, y, B, T, 1.0 / o->grad_accum) / o->grad_accum;
+        }
+        double norm = gradient_norm(m);
+        adamw_update(m, &o->adam, lr, step + 1, clip_scale(norm, o->grad_clip));
+        state.step = step + 1;
+
+        double took = seconds() - t0, rate = (double)B * T * o->grad_accum / took;
+        stepping += took;
+        int last = step + 1 == o->steps;
+        int validate = val && (last || (o->val_every && (step + 1) % o->val_every == 0));
+        int sample = last || (step + 1) % (o->sample_every ? o->sample_every : LONG_MAX) == 0;
+        printf("step %ld/%ld | loss %.6f | lr %.2e | grad %.4f | tok/s %.0f | ETA ", step + 1, o->steps, loss, lr, norm, rate);
+        print_duration((seconds() - start) / (step + 1) * (o->steps - step - 1));
+        printf(live && !validate && !sample ? "   \r" : "   \n");  // on a terminal the line stays in place
+        fflush(stdout);
+        Evaluation e = {0};
+        if (validate) {
+            e = evaluate(m, val, tokenizer, B, T, last ? 0 : o->val_batches);
+            printf("val  %ld/%ld | ", step + 1, o->steps);
+            print_evaluation(&e);
+        }
+        if (sample && o->sample_every) print_sample(m, tokenizer, T, 200, o->seed, step);
+        if (log) {
+            fprintf(log, "%ld,%.6f,%.6e,%.6f,", step + 1, loss, lr, norm);
+            if (validate) fprintf(log, "%.6f", e.loss);
+            fprintf(log, ",%.0f,%.3f\n", rate, seconds() - start);
+            fflush(log);
+        }
+    }
+    if (o->steps) {
+        printf("%ld steps in ", o->steps);
+        print_duration(seconds() - start);
+        printf(", %.0f tokens/s\n", (double)B * T * o->grad_accum * o->steps / stepping);
+    }
+    if (o->save) {
+        checkpoint_save(m, o->save, o->steps ? &state : NULL);
+        printf("saved %s\n", o->save);
+    }
+    if (log) fclose(log);
+    free(x);
+}
+
+// ============================================================================================
+// 12  COMMAND LINE
+// ============================================================================================
+
+static Options opt = {
+    .config = {.attention = -1, .position = -1, .latent_norm = -1, .L = -1, .NH = -1, .NKV = -1, .C = -1,
+               .block_size = -1, .V = -1, .RQ = -1, .R = -1, .RD = -1},
+    .seq_len = -1, .batch_size = 16, .grad_accum = 1, .steps = 2000, .learning_rate = 4e-3, .warmup = -1, .min_lr = -1,
+    .grad_clip = 1, .seed = 1337, .val_every = 250, .val_batches = 20, .sample_every = 500,
+    .adam = {.beta1 = 0.9, .beta2 = 0.99, .eps = 1e-8, .weight_decay = 0.1},
+};
+
+// Kinds of option: how its text becomes the value at `at`.
+enum { INT, LONG, DOUBLE, TEXT, CHOICE, FLAG };
+
+typedef struct {
+    const char *name;
+    int kind;
+    void *at;
+    double low, high;            // numbers
+    const char *const *choices;
+    const char *help;
+    int given;
+} Option;
+
+static Option options[] = {
+    {"model", .help = NULL},
+    {"--attention", CHOICE, &opt.config.attention, .choices = attention_names, .help = "mla, mha, gqa or mqa (mla)"},
+    {"--position", CHOICE, &opt.config.position, .choices = position_names, .help = "learned, rope or decoupled (decoupled for mla, else rope)"},
+    {"--layers", INT, &opt.config.L, 1, 1000, .help = "blocks (4)"},
+    {"--heads", INT, &opt.config.NH, 1, 1024, .help = "query heads (4)"},
+    {"--channels", INT, &opt.config.C, 1, 65536, .help = "width of the residual stream (128)"},
+    {"--kv-heads", INT, &opt.config.NKV, 1, 1024, .help = "gqa: key/value heads (a quarter of the heads)"},
+    {"--q-rank", INT, &opt.config.RQ, 0, 65536, .help = "mla: width of the query latent, 0 for none (channels/2)"},
+    {"--kv-rank", INT, &opt.config.R, 1, 65536, .help = "mla: width of the key/value latent (2/3 of channels)"},
+    {"--rope-dim", INT, &opt.config.RD, 2, 65536, .help = "decoupled: rotary part of a head (half of it)"},
+    {"--latent-norm", CHOICE, &opt.config.latent_norm, .choices = norm_names, .help = "mla: layernorm, rmsnorm or none (layernorm)"},
+    {"--vocab-size", INT, &opt.config.V, 2, 65536, .help = "tokens known (the tokenizer's, or 256, or 50257 for tokens above 255)"},
+    {"data", .help = NULL},
+    {"--train-data", TEXT, &opt.train_data, .help = "token file, or text, read as bytes (data/tinyshakespeare_train.bin)"},
+    {"--val-data", TEXT, &opt.val_data, .help = "the same for validation (data/tinyshakespeare_val.bin)"},
+    {"--tokenizer", TEXT, &opt.tokenizer, .help = "its file (data/tinyshakespeare_tokenizer.bin with that data; else bytes)"},
+    {"--order", CHOICE, &opt.order, .choices = order_names, .help = "batches at random or sequential places (random)"},
+    {"training", .help = NULL},
+    {"--batch-size", INT, &opt.batch_size, 1, 65536, .help = "sequences in a micro-batch (16)"},
+    {"--seq-len", INT, &opt.seq_len, 1, 1 << 24, .help = "tokens in a sequence; a new model's block size (128, or the loaded model's)"},
+    {"--steps", LONG, &opt.steps, 0, 1e12, .help = "updates; 0 with --save writes the initial model (2000)"},
+    {"--grad-accum", INT, &opt.grad_accum, 1, 65536, .help = "micro-batches per update (1)"},
+    {"--learning-rate", DOUBLE, &opt.learning_rate, 0, 1e3, .help = "its peak (4e-3)"},
+    {"--schedule", CHOICE, &opt.schedule, .choices = schedule_names, .help = "cosine or constant (cosine)"},
+    {"--warmup", LONG, &opt.warmup, 0, 1e12, .help = "steps of linear warm-up (cosine: a twentieth of the steps, constant: 0)"},
+    {"--min-lr", DOUBLE, &opt.min_lr, 0, 1e3, .help = "where the cosine ends (a tenth of the peak)"},
+    {"--weight-decay", DOUBLE, &opt.adam.weight_decay, 0, 1e3, .help = "on matrices (0.1)"},
+    {"--beta1", DOUBLE, &opt.adam.beta1, 0, 0.999999, .help = "AdamW's (0.9)"},
+    {"--beta2", DOUBLE, &opt.adam.beta2, 0, 0.999999, .help = "AdamW's (0.99)"},
+    {"--eps", DOUBLE, &opt.adam.eps, 0, 1, .help = "AdamW's (1e-8)"},
+    {"--grad-clip", DOUBLE, &opt.grad_clip, 0, 1e9, .help = "largest gradient norm, 0 for no limit (1)"},
+    {"--dropout", DOUBLE, &opt.dropout, 0, 0.99, .help = "probability, on embedding, attention and MLP outputs (0)"},
+    {"--seed", LONG, &opt.seed, 0, 9e15, .help = "of all randomness (1337)"},
+    {"reports", .help = NULL},
+    {"--val-every", INT, &opt.val_every, 0, INT_MAX, .help = "steps between validations, 0 for only the last (250)"},
+    {"--val-batches", INT, &opt.val_batches, 0, INT_MAX, .help = "batches in each, 0 for all data, as after the last step (20)"},
+    {"--sample-every", INT, &opt.sample_every, 0, INT_MAX, .help = "steps between samples, 0 for none (500)"},
+    {"--log", TEXT, &opt.log, .help = "CSV file of every step"},
+    {"files", .help = NULL},
+    {"--save", TEXT, &opt.save, .help = "checkpoint to write at the end (safetensors)"},
+    {"--load", TEXT, &opt.load, .help = "checkpoint to start from"},
+    {"modes (default: train)", .help = NULL},
+    {"--eval", FLAG, &opt.eval, .help = "loss of the model --load over all validation data"},
+    {"--help", FLAG, &opt.help, .help = "this text"},
+};
+enum { N_OPTIONS = sizeof options / sizeof *options };
+
+static void print_help(void) {
+    printf("usage: ./train_gpt2_mla [options]            defaults in parentheses\n");
+    for (Option *o = options; o < options + N_OPTIONS; o++) {
+        if (!o->help) printf("%s\n", o->name);
+        else printf("  %-16s %s\n", o->name, o->help);
+    }
+}
+
+static void option_set(Option *o, const char *text) {
+    char *end;
+    errno = 0;
+    if (o->kind == TEXT) {
+        if (!*text) fail(2, "%s: empty, expected a file name", o->name);
+        *(const char **)o->at = text;
+    } else if (o->kind == CHOICE) {
+        int i = 0;
+        char expected[80] = "";
+        for (; o->choices[i] && strcmp(o->choices[i], text); i++) strcat(strcat(expected, i ? ", " : ""), o->choices[i]);
+        if (!o->choices[i]) fail(2, "%s: '%s', expected one of %s", o->name, text, expected);
+        *(int *)o->at = i;
+    } else {
+        double value = o->kind == DOUBLE ? strtod(text, &end) : (double)strtoll(text, &end, 10);
+        if (end == text || *end || errno || !(value >= o->low && value <= o->high))
+            fail(2, "%s: '%s', expected a %s from %.15g to %.15g", o->name, text, o->kind == DOUBLE ? "number" : "whole number",
+                 o->low, o->high);
+        if (o->kind == DOUBLE) *(double *)o->at = value;
+        else if (o->kind == LONG) *(long *)o->at = value;
+        else *(int *)o->at = value;
+    }
+}
+
+static void parse_options(int argc, char **argv) {
+    for (int i = 1; i < argc; i++) {
+        Option *o = options;
+        while (o < options + N_OPTIONS && (!o->help || strcmp(o->name, argv[i]))) o++;
+        if (o == options + N_OPTIONS) fail(2, "%s: no such option; --help lists them", argv[i]);
+        if (o->given++) fail(2, "%s: given twice", o->name);
+        if (o->kind == FLAG) *(int *)o->at = 1;
+        else if (++i == argc) fail(2, "%s: its value is missing", o->name);
+        else option_set(o, argv[i]);
+    }
+}
+
+// A model's shape given along with --load must be that of the checkpoint.
+static void check_against(const Config *loaded, const char *path) {
+    for (Option *o = options; o < options + N_OPTIONS; o++) {
+        ptrdiff_t offset = (char *)o->at - (char *)&opt.config;
+        if (!o->given || offset < 0 || offset >= (ptrdiff_t)sizeof opt.config) continue;
+        int found = *(const int *)((const char *)loaded + offset), wanted = *(int *)o->at;
+        if (found == wanted) continue;
+        if (o->choices) fail(1, "%s %s: %s has %s", o->name, o->choices[wanted], path, o->choices[found]);
+        fail(1, "%s %d: %s has %d", o->name, wanted, path, found);
+    }
+}
+
+static void check_data(const Data *d, const Model *m, long needed) {
+    if (d->largest >= m->c.V) fail(1, "%s: token %d, expected less than the vocabulary, %d", d->path, d->largest, m->c.V);
+    if (d->n < needed) fail(1, "%s: %ld tokens, expected at least %ld for a batch", d->path, d->n, needed);
+}
+
+static void print_model(const Model *m) {
+    const Config *c = &m->c;
+    long cache = cache_floats(c), mha = 2L * c->L * c->C;
+    printf("%s, position %s: %d layers, %d heads, %d channels, vocabulary %d, block size %d", attention_names[c->attention],
+           position_names[c->position], c->L, c->NH, c->C, c->V, c->block_size);
+    if (c->attention == GQA) printf(", %d kv heads", c->NKV);
+    if (c->attention == MLA) printf(", kv_rank %d, q_rank %d, latent norm %s", c->R, c->RQ, norm_names[c->latent_norm]);
+    if (c->position == DECOUPLED) printf(", rope_dim %d", c->RD);
+    printf("\n%zu parameters | KV cache %ld floats per token, where MHA needs %ld (%.1f%%)\n", m->n_params, cache, mha, 100.0 * cache / mha);
+}
+
+#ifndef TESTING
+int main(int argc, char **argv) {
+    parse_options(argc, argv);
+    if (opt.help) return print_help(), 0;
+    Config *c = &opt.config;
+    if (opt.eval && !opt.load) fail(2, "--eval: expected --load FILE too");
+
+    // Data: what was named, else tinyshakespeare if prepared, else this repository's own text.
+    static const char prepared[] = "data/tinyshakespeare_train.bin";
+    Data train_data = {0}, val_data = {0};
+    Tokenizer tokenizer = tokenizer_bytes();
+    if (opt.train_data || opt.val_data) {
+        if (!opt.train_data && !opt.eval) fail(2, "--val-data: expected --train-data FILE too");
+    } else if (!access(prepared, R_OK)) {
+        opt.train_data = prepared, opt.val_data = "data/tinyshakespeare_val.bin";
+        if (!opt.tokenizer) opt.tokenizer = "data/tinyshakespeare_tokenizer.bin";
+    } else {
+        data_own_text(&train_data, &val_data);
+        printf("No data prepared: training on this repository's own text, byte by byte. For Shakespeare: make shakespeare\n");
+    }
+    if (opt.train_data && !opt.eval) train_data = data_load(opt.train_data);
+    if (opt.val_data) val_data = data_load(opt.val_data);
+    if (opt.tokenizer) tokenizer = tokenizer_load(opt.tokenizer);
+
+    // Model: loaded, or new.
+    Model *m;
+    int training = !opt.eval && opt.steps > 0;
+    if (opt.load) {
+        Checkpoint checkpoint = checkpoint_open(opt.load);
+        Config loaded = checkpoint_config(&checkpoint);
+        check_against(&loaded, opt.load);
+        m = model_create(&loaded, training);
+        checkpoint_read_model(&checkpoint, m, 0);
+        checkpoint_close(&checkpoint);
+        if (opt.seq_len == -1) opt.seq_len = loaded.block_size;
+    } else {
+        if (opt.seq_len == -1) opt.seq_len = 128;
+        if (c->attention == -1) c->attention = MLA;
+        if (c->position == -1) c->position = c->attention == MLA ? DECOUPLED : ROPE;
+        if (c->latent_norm == -1) c->latent_norm = LAYERNORM;
+        if (c->L == -1) c->L = 4;
+        if (c->NH == -1) c->NH = 4;
+        if (c->C == -1) c->C = 128;
+        if (c->V == -1) c->V = opt.tokenizer ? tokenizer.V : max_int(train_data.largest, val_data.largest) < 256 ? 256 : 50257;
+        c->block_size = opt.seq_len;
+        config_complete(c, "options");
+        m = model_create(c, training);
+        model_init(m, opt.seed);
+    }
+    if (opt.seq_len > m->c.block_size) fail(1, "--seq-len %d: the model's block size is %d", opt.seq_len, m->c.block_size);
+    if (opt.min_lr < 0) opt.min_lr = opt.learning_rate / 10;
+    if (opt.warmup < 0) opt.warmup = opt.schedule == CONSTANT ? 0 : opt.steps / 20;
+    m->dropout = opt.dropout;
+    print_model(m);
+
+    if (training || opt.eval) model_reserve(m, opt.batch_size, opt.seq_len, training);
+    if (val_data.n) check_data(&val_data, m, 2);
+    if (opt.eval) {
+        if (!val_data.n) fail(2, "--eval: expected --val-data FILE too");
+        Evaluation e = evaluate(m, &val_data, &tokenizer, opt.batch_size, opt.seq_len, 0);
+        print_evaluation(&e);
+    } else {
+        if (training) {
+            check_data(&train_data, m, opt.order == SEQUENTIAL ? (long)opt.batch_size * opt.seq_len + 1 : opt.seq_len + 1);
+            printf("%ld tokens of %s, %d threads\n", train_data.n, train_data.path, omp_get_max_threads());
+        }
+        train(m, &opt, &train_data, val_data.n ? &val_data : NULL, &tokenizer);
+    }
+    model_free(m);
+    return 0;
+}
+#endif
