@@ -180,8 +180,8 @@ static void config_complete(Config *c, const char *where) {
     if (c->RD == -1) c->RD = rd != -1 ? rd : c->HS / 2;
     if (rd != -1 && c->RD != rd)
         fail(1, "%s: rope-dim %d: position %s needs %d", where, c->RD, position, rd);
-    if (c->RD % 2 || (rd == -1 && (c->RD < 2 || c->RD > c->HS)))
-        fail(1, "%s: rope-dim %d: expected an even number from 2 to the head size, %d", where,
+    if (c->RD % 2 || (rd == -1 && (c->RD < 2 || c->RD >= c->HS)))
+        fail(1, "%s: rope-dim %d: expected an even number from 2 to less than the head size, %d", where,
              c->RD, c->HS);
     c->NOPE = c->position == DECOUPLED ? c->HS - c->RD : c->HS;
 

@@ -1,8 +1,8 @@
 """GPT-2 with switchable attention in PyTorch: the same model as train_gpt2_mla.c.
 
 It reads and writes the same checkpoints and the same data files, so either
-program can continue, evaluate or check what the other one made. PyTorch and
-NumPy are all it needs.
+program can evaluate, train further or check what the other one made (optimizer
+moments are left to the C program). PyTorch and NumPy are all it needs.
 
     python dev/gpt2_mla.py eval  --load model.safetensors --val-data val.bin
     python dev/gpt2_mla.py train --load model.safetensors --train-data train.bin --steps 20

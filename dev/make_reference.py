@@ -1,9 +1,10 @@
 """Writes dev/reference/*.safetensors: what test_mla.c compares the C code with.
 
 One file per row of the attention family, each a tiny and deliberately awkward
-model: no size is a multiple of 8, and the sequences are longer than one tile of
-the attention and end within another. Parameters are random, rounded to float32;
-everything computed from them is float64, rounded to float32 only when written.
+model: heads of 6, ranks of 7 and 10 and a vocabulary of 37 divide by no vector
+width, and sequences of 75 end within the second 64-wide tile of the attention.
+Parameters are random, rounded to float32; everything computed from them is
+float64, rounded to float32 only when written.
 
 A file is a normal checkpoint with these tensors added:
     ref.tokens       (B, T+1)  token numbers: inputs are [:, :-1], targets [:, 1:]

@@ -1,0 +1,488 @@
+#!/usr/bin/env python3
+"""Shows that the tests can fail.
+
+Applies one small mistake at a time to a temporary copy of train_gpt2_mla.c, runs `make test`
+there and reports whether the tests noticed: caught, with the number of checks that failed, or
+MISSED. The mistakes are such as one makes: a sign, a dropped term, a wrong index, stride or scale.
+
+    dev/mutate.py                         all of them
+    dev/mutate.py rope attention_backward those of functions so named
+    dev/mutate.py --check                 only whether the table still fits the source
+    dev/mutate.py --jobs 4                four at a time
+
+Exit status 0: all caught; 1: some missed; 2: the table needs an update, or the tests fail on the
+source as it is. A mistake is (function, text, text instead, what it is); the text must occur
+exactly once in the function. Your own attention deserves a few lines of its own here.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = "train_gpt2_mla.c"
+TIMEOUT = 120  # seconds; the tests take a few
+# -O1 is quickest to build and run together. Threads that wait must not spin where cores are few.
+CFLAGS = "CFLAGS=-O1 -std=c11"
+ENVIRONMENT = dict(os.environ, OMP_WAIT_POLICY="passive")
+
+MUTATIONS = [
+    # --- 1, 2: randomness, configuration, tensors
+    ("random_normal", "2 * i + 1", "2 * i", "angle and radius from one number"),
+    ("random_stream", "(seed, purpose)", "(seed, 0)", "all purposes share one stream"),
+    ("random_stream", ", which)", ", 0)", "every number of a stream is the same"),
+    ("random_stream", "(seed, purpose)", "(0, purpose)", "the seed is ignored"),
+    ("config_complete", "c->RQ = c->C / 2", "c->RQ = c->C / 3", "default q_rank"),
+    ("config_complete", "c->R = 2 * c->C / 3", "c->R = c->C / 2", "default kv_rank"),
+    ("config_complete", ": c->HS / 2", ": c->HS / 4", "default rope_dim"),
+    ("config_complete", ": c->NH / 4", ": c->NH / 2", "default kv-heads of gqa"),
+    ("config_complete", "== MQA ? 1", "== MQA ? 2", "mqa with two kv heads"),
+    ("config_complete", "== DECOUPLED ? c->HS - c->RD : c->HS", "!= LEARNED ? c->HS - c->RD : c->HS",
+     "position rope takes the rotary part from the kv heads"),
+    ("config_complete", "c->NH * c->HS + c->NKV * c->NOPE", "c->NH * c->HS + c->NH * c->NOPE", "a key for every query head"),
+    ("cache_floats", "c->HS - c->NOPE", "c->RD", "rotary part counted twice where it is the whole head"),
+    ("cache_floats", "c->R + rope", "c->R", "mla without its rotary key"),
+    ("cache_floats", "(c->NOPE + c->HS) + rope", "(c->NOPE + c->HS)", "mha decoupled without its rotary key"),
+    ("cache_floats", "c->NKV * (", "c->NH * (", "every query head's key and value"),
+    ("describe_tensors", "C, NH * HS, RESIDUAL", "C, NH * HS, NORMAL", "attention's c_proj at full size"),
+    ("describe_tensors", "C, 4 * C, RESIDUAL", "C, 4 * C, NORMAL", "the MLP's c_proj at full size"),
+    ("describe_tensors", '"ln_f.weight", C, 0, ONES', '"ln_f.weight", C, 0, ZEROS', "final norm starts at zero"),
+    ("describe_tensors", "norm == NONE ? 0 : mla * R, 0, ONES", "norm == NONE ? 0 : mla * R, 0, ZEROS",
+     "latent's norm starts at zero"),
+    ("describe_tensors", "mla * NH * (NOPE + HS), R, NORMAL", "mla * NH * (NOPE + HS), R, RESIDUAL", "kv_b_proj starts too small"),
+    ("model_create", "-2.0 * i / c->RD", "-2.0 * i / c->HS", "rotary frequencies over the head size"),
+    ("model_create", "-2.0 * i / c->RD", "-1.0 * i / c->RD", "rotary frequencies half as far apart"),
+    ("model_create", "pow(10000.0", "pow(1000.0", "theta"),
+    ("model_create", "= sin(angle)", "= -sin(angle)", "turns the wrong way"),
+    ("model_create", "m->n_params += t->size", "m->n_params = block.used", "padding counted as parameters"),
+    ("model_init", "sqrt(2.0 * m->c.L)", "sqrt(m->c.L)", "residual projections too large"),
+    ("model_init", "STREAM_INIT, i)", "STREAM_INIT, 0)", "every tensor starts with the same numbers"),
+    ("model_init", "(std * random_normal(key, k))", "(std * random_normal(key, k % 64))", "rows repeat"),
+    ("model_init", ": 0.02;", ": 0.2;", "standard deviation"),
+
+    # --- 3: matrix product
+    ("tile_kernel", "acc[i][1] += a[i] * b1", "acc[i][1] += a[i] * b0", "second vector from the first"),
+    ("tile_kernel", "acc[i][0] += a[i] * b0", "acc[i][0] = a[i] * b0", "the last k only"),
+    ("tile_kernel", "i * start_row + j * VW", "i * start_row", "first half of the start twice"),
+    ("tile_kernel", "c + i * c_row + j * VW", "c + i * NR + j * VW", "rows of c close together"),
+    ("tile_kernel", "a += MR", "a += NR", "stride of a"),
+    ("tile_edge", "start + i * start_row", "start", "first row of the start for all"),
+    ("tile_edge", "memcpy(c + i * c_row, t + i * NR, cols * ", "memcpy(c + i * c_row, t + i * NR, NR * ", "writes past the edge"),
+    ("tile_edge", "memcpy(t + i * NR, ", "memcpy(t + i * cols, ", "stride of the copy in"),
+    ("tile_edge", "tile_kernel(K, a, b, t, NR, t, NR)", "tile_kernel(K, a, b, t, NR, NULL, 0)", "no start at edges"),
+    ("multiply_panels", "start + i * start_row + j", "start + i * start_row", "bias of the first columns for all"),
+    ("multiply_panels", "a + (long)i * K", "a + (long)i * MR", "panel of a"),
+    ("multiply_panels", "i + MR <= M && j + NR <= N", "i + MR <= M", "full tiles at the right edge"),
+    ("pack", "square[x][y] = s[y * line + x]", "square[y][x] = s[y * line + x]", "the square not transposed"),
+    ("pack", "(long)(i / W) * W * K + i % W + k * W", "(long)(i / W) * W * K + k * W", "wide panels: second square on the first"),
+    ("pack", "src + k * deep + i * line", "src + k * deep + i", "stride between lines"),
+    ("pack", "min_int(8, K - k)", "min_int(7, K - k)", "the last k of a ragged square"),
+    ("pack", "y < n - i; y++) d[y]", "y < n - i - 1; y++) d[y]", "last line of a ragged panel"),
+    ("matmul", "k0 ? c0 : start ?", "start ?", "later blocks of k start afresh"),
+    ("matmul", "k0 ? c_row : start_row", "start_row", "later blocks of k with the bias's stride"),
+    ("matmul", "start + i0 * start_row + j0", "start + i0 * start_row", "bias of the first columns for all"),
+    ("matmul", "(j0 + j) * b.col", "j * b.col", "every block of columns is the first"),
+    ("matmul", "k0 * a.col", "k0 * a.row", "a's strides swapped"),
+    ("matmul_serial", "add || k0 ?", "add ?", "later blocks of k overwrite"),
+    ("matmul_serial", "add || k0 ?", "k0 ?", "overwrites where it should add"),
+    ("matmul_serial", "b.p + j0 * b.col", "b.p + j0 * b.row", "b's strides swapped"),
+    ("matmul_serial", "c + i0 * c_row + j0", "c + i0 * c_row", "every block of columns to the first"),
+
+    # --- 4: layers
+    ("add_pieces", "p < PIECES", "p < PIECES - 1", "the last piece is dropped"),
+    ("add_pieces", "out[i] += sum", "out[i] = sum", "overwrites: micro-batches do not accumulate"),
+    ("linear_forward", "I, b, 0)", "I, NULL, 0)", "no bias"),
+    ("linear_forward", "I, b, 0)", "I, b, 1)", "bias shifted from token to token"),
+    ("linear_forward", "transposed(w, I)", "rows_of(w, O)", "W not transposed"),
+    ("linear_backward_input", "add ? dx : NULL", "NULL", "overwrites the other branch's gradient"),
+    ("linear_backward_input", "add ? dx : NULL", "dx", "adds to what was there before"),
+    ("linear_backward_input", "rows_of(w, I)", "transposed(w, O)", "W transposed"),
+    ("linear_backward_weight", "N, dw, I)", "N, NULL, 0)", "dW overwritten, not accumulated"),
+    ("linear_backward_weight", "transposed(dy, O)", "rows_of(dy, N)", "dy not transposed"),
+    ("linear_backward_weight", "(long)N * (p + 1) / PIECES", "(long)(N - 1) * (p + 1) / PIECES", "db without the last token"),
+    ("linear_backward_weight", "t = (long)N * p / PIECES", "t = N / PIECES * p", "db counts tokens twice"),
+    ("linear_backward_weight", "sum[i] += dy[t * O + i]", "sum[i] = dy[t * O + i]", "db of a single token"),
+    ("norm_statistics", "(x[i] - mu) * (x[i] - mu)", "x[i] * x[i]", "mean square in place of the variance"),
+    ("norm_statistics", "square / n +", "square / (n - 1) +", "variance over n - 1"),
+    ("norm_statistics", "(real)1e-5 : (real)1e-6", "(real)1e-5 : (real)1e-5", "layernorm's eps for rmsnorm"),
+    ("norm_statistics", "(real)1e-5 : (real)1e-6", "(real)1e-6 : (real)1e-6", "rmsnorm's eps for layernorm"),
+    ("norm_statistics", "kind == LAYERNORM) {", "kind != NONE) {", "rmsnorm subtracts a mean"),
+    ("norm_forward", "x + t * x_row", "x + (long)t * n", "row stride where a rotary key follows the latent"),
+    ("norm_forward", "(xt[i] - mean) * rstd", "xt[i] * rstd", "mean not subtracted"),
+    ("norm_forward", "yt[i] += b[i]", "yt[i] += b[0]", "one bias for all"),
+    ("norm_forward", "w[i] * (", "(", "no weight"),
+    ("norm_backward", "w[i] * dyt[i] - mean_g - (", "w[i] * dyt[i] - (", "without mean(g)"),
+    ("norm_backward", "w[i] * dyt[i] - mean_g", "dyt[i] - mean_g", "without the weight in g"),
+    ("norm_backward", " - (xt[i] - mean) * rstd * mean_gx", "", "without x^ mean(g x^)"),
+    ("norm_backward", " - (xt[i] - mean) * rstd * mean_gx", " - (xt[i] - mean) * mean_gx", "x^ without rstd"),
+    ("norm_backward", "kind == LAYERNORM ? mean_g / n : 0", "mean_g / n", "rmsnorm with mean(g)"),
+    ("norm_backward", "mean_gx /= n;", "", "a sum for a mean"),
+    ("norm_backward", "+= rstd * (w[i]", "+= (w[i]", "rstd forgotten"),
+    ("norm_backward", "+= rstd * (w[i]", "= rstd * (w[i]", "overwrites the residual stream's gradient"),
+    ("norm_backward", "*dxt = dx + t * x_row", "*dxt = dx + t * n", "row stride of dx"),
+    ("norm_backward", "sum_w[i] += dyt[i] * xhat", "sum_w[i] += dyt[i] * xt[i]", "dw from x in place of x^"),
+    ("norm_backward", "sum_b[i] += dyt[i]", "sum_b[i] += g", "db with the weight in it"),
+    ("norm_backward", "db, m->partial + n", "db, m->partial", "db from dw's sums"),
+    ("norm_backward", "p + 1) / PIECES", "p + 1) / PIECES - 1", "the last token of each piece is dropped"),
+    ("fast_exp", "+ n * 2.12194440e-4f", "- n * 2.12194440e-4f", "sign of ln 2's second part"),
+    ("fast_exp", "0.166664312f", "0.166666667f", "Taylor's coefficient in the best polynomial"),
+    ("fast_exp", " + r * 0.00138436441f", "", "degree 5"),
+    ("fast_exp", "x < -87.0f ? -87.0f :", "", "no clamp below"),
+    ("fast_exp", "x < -87.0f ? -87.0f : x", "x >= -87.0f ? x : -87.0f; x = x", "NaN becomes a number"),
+    ("fast_exp", "return exp(x)", "return expf(x)", "float in the double build"),
+    ("largest", "for (; i < n; i++)", "for (; i < n - 1; i++)", "the last number is not looked at"),
+    ("largest", "for (int j = 1;", "for (int j = 2;", "one lane of sixteen is not looked at"),
+    ("largest", "x[i + j] > max[j] ? x[i + j] : max[j]", "x[i + j]", "the last sixteen only"),
+    ("exp_row", "scale * (x[i] - max)", "scale * x[i] - max", "the maximum not scaled"),
+    ("exp_row", "scale * (x[i] - max)", "scale * x[i]", "the maximum not subtracted"),
+    ("exp_row", "sum += x[i]", "sum += scale * x[i]", "sum scaled"),
+    ("GELU_2U", "(real)0.044715 * (x) * (x) * (x)", "(real)0.044715 * (x) * (x)", "square for cube"),
+    ("GELU_2U", "1.5957691216057308", "1.702", "the sigmoid form's constant"),
+    ("gelu_forward", "-GELU_2U(", "GELU_2U(", "sign"),
+    ("gelu_forward", "y[i] = x[i] / (", "y[i] = 1 / (", "without x"),
+    ("gelu_forward", "GELU_2U(x[i])", "(real)0.5 * GELU_2U(x[i])", "u for 2u"),
+    ("gelu_backward", "0.134145", "0.044715", "slope without the 3 of the cube"),
+    ("gelu_backward", " * (1 - s)", "", "without (1 - s)"),
+    ("gelu_backward", "s + x[i] * s", "x[i] * s", "without s"),
+    ("gelu_backward", "dy[i] *= s", "dy[i] = s", "dy forgotten"),
+    ("gelu_backward", "y[i] = x[i] * s;", "y[i] = s;", "output not made again"),
+    ("dropout_scale", "1 / (1 - m->dropout)", "1", "kept numbers not scaled up"),
+    ("dropout_scale", "1 / (1 - m->dropout)", "1 / m->dropout", "scaled by 1/p"),
+    ("dropout_scale", "m->dropout_key + where", "m->dropout_key", "the same numbers dropped in every place"),
+    ("dropout_scale", "m->dropout_key + where", "where", "the same numbers dropped in every step"),
+    ("dropout_scale", "< threshold", ">= threshold", "keeps with probability p"),
+    ("residual_forward", "y[i] = x[i] + branch[i];", "y[i] = branch[i];", "no residual"),
+    ("residual_forward", "x[i] + branch[i] * drop", "branch[i] * drop", "no residual under dropout"),
+    ("residual_forward", "dropout_scale(m, where, i)", "dropout_scale(m, where, i / 2)", "dropped in pairs"),
+    ("residual_backward", "* dropout_scale(m, where, i)", "", "no dropout"),
+    ("residual_backward", "dropout_scale(m, where, i)", "dropout_scale(m, where + 1, i)", "another place's mask"),
+    ("residual_backward", "return dy;", "{ for (long i = 0; i < n; i++) d_branch[i] = dy[i] / 2; return d_branch; }", "half"),
+    ("rope", "- sign * b * s[i]", "- b * s[i]", "backward turns forward, half of it"),
+    ("rope", "+ sign * a * s[i]", "+ a * s[i]", "backward turns forward, the other half"),
+    ("rope", "a * c[i] - sign", "a * c[i] + sign", "not a rotation"),
+    ("rope", "m->rope_sin + (long)(first + n % T)", "m->rope_sin + (long)(first + n)", "positions run on into the next sequence"),
+    ("rope", "*hi = lo + half", "*hi = lo + 1", "neighbours paired"),
+    ("rope", "h * x.head", "h * 2 * half", "heads assumed adjacent"),
+    ("rope", "b * c[i] + sign * a", "b * c[i] + sign * lo[i]", "uses the turned number"),
+
+    # --- 5: attention core
+    ("rope_part", "a->q.p + a->nope", "a->q.p", "rotary queries from the head's start"),
+    ("strip_scores", "a->nope > 0)", "0)", "rotary scores overwrite the others"),
+    ("strip_scores", "a->nope > 0)", "1)", "rotary scores added to what was there"),
+    ("strip_scores", "tokens_of(a->k, k0, g)", "tokens_of(a->k, k0, 0)", "all heads read the first key head"),
+    ("strip_scores", "tokens_of(a->q, q0, h)", "tokens_of(a->q, q0, g)", "query head of the group's number"),
+    ("strip_scores", "tokens_of(a->k_rope, k0, g)", "tokens_of(a->k_rope, q0, g)", "rotary keys from the queries' tokens"),
+    ("attention_forward", "sqrt(m->c.HS)", "sqrt(a->nope)", "scale by the part that is not rotated"),
+    ("attention_forward", "sqrt(m->c.HS)", "sqrt(m->c.C)", "scale by all channels"),
+    ("attention_forward", "h / (a->heads / a->kv_heads)", "h % a->kv_heads", "groups interleaved"),
+    ("attention_forward", "seen = i0 + i + 1", "seen = i0 + max_int(i, 1)", "a query does not see itself"),
+    ("attention_forward", "seen = i0 + i + 1", "seen = min_int(i0 + i + 2, keys)", "a query sees the next token"),
+    ("attention_forward", "seen = i0 + i + 1", "seen = keys", "no mask within a strip"),
+    ("attention_forward", "si[j] = 0", "(void)si", "masked scores stay"),
+    ("attention_forward", "si[j] /= sum", "(void)si", "not divided by the sum"),
+    ("attention_forward", "scale * max + (real)log(sum)", "(real)log(sum)", "lse without the maximum"),
+    ("attention_forward", "scale * max + (real)log(sum)", "max + (real)log(sum)", "lse with the maximum not scaled"),
+    ("attention_forward", "(first + i0 + i) * a->heads + h", "(first + i0 + i) * a->kv_heads + g", "lse kept by kv head"),
+    ("attention_forward", "(long)b * T;", "0;", "every sequence is the first"),
+    ("attention_forward", "tokens_of(a->v, first, g)", "tokens_of(a->v, first, 0)", "all heads read the first value head"),
+    ("attention_forward", "strip_scores(s, a, h, g, first + i0, first,", "strip_scores(s, a, h, g, first, first,",
+     "every strip has the first strip's queries"),
+    ("attention_backward", "sqrt(m->c.HS)", "sqrt(a->value + a->rope)", "another scale than the forward's"),
+    ("attention_backward", "memset(dk + ", "if (0) memset(dk + ", "dk adds to the step before"),
+    ("attention_backward", "memset(dk_rope + ", "if (0) memset(dk_rope + ", "dk_rope adds to the layer above"),
+    ("attention_backward", "memset(dv + ", "if (0) memset(dv + ", "dv adds to the step before"),
+    ("attention_backward", "scale * pi[j] * (dsi[j] - D)", "pi[j] * (dsi[j] - D)", "ds without the scale"),
+    ("attention_backward", "scale * pi[j] * (dsi[j] - D)", "scale * pi[j] * dsi[j]", "ds without D"),
+    ("attention_backward", "(dsi[j] - D)", "(dsi[j] + D)", "sign of D"),
+    ("attention_backward", "scale * pi[j] * (dsi[j] - D)", "scale * (dsi[j] - D)", "ds without p"),
+    ("attention_backward", "fast_exp(scale * pi[j] - li)", "fast_exp(pi[j] - li)", "scores not scaled"),
+    ("attention_backward", "fast_exp(scale * pi[j] - li)", "fast_exp(scale * pi[j])", "probabilities not normalized"),
+    ("attention_backward", "D += o[e] * d_o[e]", "D = o[e] * d_o[e]", "D of one place"),
+    ("attention_backward", "seen = i0 + i + 1", "seen = keys", "no mask within a strip"),
+    ("attention_backward", "seen = i0 + i + 1", "seen = i0 + i", "a query does not see itself"),
+    ("attention_backward", "pi[j] = dsi[j] = 0", "pi[j] = 0", "masked ds stay"),
+    ("attention_backward", "pi[j] = dsi[j] = 0", "dsi[j] = 0", "masked p stay"),
+    ("attention_backward", "keys, a->value, rows, 1)", "keys, a->value, rows, 0)", "dv of the last strip only"),
+    ("attention_backward", "keys, a->nope, rows, 1)", "keys, a->nope, rows, 0)", "dk of the last strip only"),
+    ("attention_backward", "keys, a->rope, rows, 1)", "keys, a->rope, rows, 0)", "dk_rope of the last strip only"),
+    ("attention_backward", "rows, a->nope, keys, 0)", "rows, a->nope, keys, 1)", "dq adds to the step before"),
+    ("attention_backward", "matmul_serial(dq + a->nope", "matmul_serial(dq", "rotary dq over the other part"),
+    ("attention_backward", "h < (g + 1) * group", "h < g * group + 1", "only the first query head of a group"),
+    ("attention_backward", "transpose(tokens_of(a->v, first, g))", "transpose(tokens_of(a->v, first, 0))", "dp from the first value head"),
+    ("attention_backward", "lse[(q0 + i) * a->heads + h]", "lse[(first + i) * a->heads + h]", "every strip has the first's lse"),
+    ("attention_backward", "Mat to_keys = transposed(ds, keys)", "Mat to_keys = transposed(p, keys)", "p for ds in dk"),
+
+    # --- 6: front ends
+    ("heads_of", "acts->kv + NOPE, kv_row", "acts->kv + HS, kv_row", "mla: place of the values"),
+    ("heads_of", "(View){acts->kv, kv_row, NOPE + HS}", "(View){acts->kv, kv_row, NOPE}", "mla: keys of all heads first"),
+    ("heads_of", "acts->kv_a + c->R,", "acts->kv_a,", "mla: rotary key from the latent"),
+    ("heads_of", "acts->qkv + k_rope, row, 0", "acts->qkv + k, row, 0", "rotary key from the first key head"),
+    ("heads_of", "k_rope = k + NKV * NOPE", "k_rope = k + NH * NOPE", "keys counted by query heads"),
+    ("heads_of", "(View){acts->qkv + k, row, NOPE}", "(View){acts->qkv + k, row, HS}", "stride of key heads"),
+    ("heads_of", "acts->qkv + v, row", "acts->qkv + k, row", "values are the keys"),
+    ("rope_heads", "rope(m, a->q, c->NH, N, T, first, sign)", "rope(m, a->q, c->NH, N, T, first, 1)", "queries' gradient turned on"),
+    ("rope_heads", "rope(m, a->k, c->NKV, N", "rope(m, a->k, 1, N", "only the first key head turned"),
+    ("rope_heads", "a->q.p + c->NOPE", "a->q.p", "turns the head's start"),
+    ("rope_heads", "rope(m, a->k_rope, 1, N, T, first, sign)", "rope(m, a->k_rope, 1, N, T, first, 1)", "rotary key's gradient turned on"),
+    ("rope_heads", "rope(m, a->k_rope, 1", "rope(m, a->k_rope, c->NH", "one key turned once per head"),
+    ("qkv_forward", "m->w[l][ATTN_B]", "NULL", "no bias"),
+    ("qkv_forward", "m->norm", "acts->x", "x not normed"),
+    ("qkv_backward", "m->g[l][ATTN_B]", "NULL", "bias has no gradient"),
+    ("qkv_backward", "m->w[l][ATTN_W]", "m->w[0][ATTN_W]", "first layer's weight"),
+    ("qkv_backward", "m->c.QKV, 0)", "m->c.QKV, 1)", "d_norm adds to what was there"),
+    ("mla_latents", "m->latent, acts->kv_a, c->R + c->HS - c->NOPE", "m->latent, acts->kv_a, c->R", "rotary key not skipped"),
+    ("mla_latents", "w[QA_NORM_W], w[QA_NORM_B]", "w[KVA_NORM_W], w[KVA_NORM_B]", "the other latent's norm"),
+    ("mla_latents", "N, c->R, c->latent_norm", "N, c->R, LAYERNORM", "always layernorm"),
+    ("mla_forward", "linear_forward(acts->kv, m->latent", "linear_forward(acts->kv, acts->kv_a", "latent not normed"),
+    ("mla_forward", "linear_forward(acts->q, m->q_latent", "linear_forward(acts->q, acts->q_a", "query latent not normed"),
+    ("mla_forward", "else linear_forward(acts->q, m->norm, w[Q_W]", "else linear_forward(acts->q, acts->x, w[Q_W]", "q_rank 0: x not normed"),
+    ("mla_backward", "mla_latents(m, l, acts, N);", "", "latents of the layer above"),
+    ("mla_backward", "m->d.kv, m->latent, N", "m->d.kv, acts->kv_a, N", "kv_b_proj's gradient from the latent before its norm"),
+    ("mla_backward", "memset(m->d.kv_a + t * kv_a, 0, R", "memset(m->d.kv_a + t * kv_a, 0, 0 * R", "latent's gradient adds to the layer above"),
+    ("mla_backward", "memset(m->d.kv_a + t * kv_a, 0, R", "memset(m->d.kv_a + t * kv_a, 0, kv_a", "clears the rotary key's gradient"),
+    ("mla_backward", "memset(m->d.q_a, 0, (size_t)N * RQ", "memset(m->d.q_a, 0, (size_t)N / 2 * RQ", "query latent's gradient half cleared"),
+    ("mla_backward", "w[QA_W], N, C, RQ, 1)", "w[QA_W], N, C, RQ, 0)", "queries' gradient overwrites the keys'"),
+    ("mla_backward", "w[Q_W], N, C, Q, 1)", "w[Q_W], N, C, Q, 0)", "q_rank 0: queries' gradient overwrites the keys'"),
+    ("mla_backward", "w[KVA_W], N, C, kv_a, 0)", "w[KVA_W], N, C, kv_a, 1)", "d_norm adds to what was there"),
+    ("mla_backward", "acts->kv_a, kv_a, w[KVA_NORM_W]", "acts->kv_a, R, w[KVA_NORM_W]", "rotary key not skipped"),
+    ("mla_backward", "g[QA_NORM_W], g[QA_NORM_B], m->d_q_latent", "g[QA_NORM_W], NULL, m->d_q_latent", "norm's bias has no gradient"),
+    ("front_end_forward", "first, 1)", "first, -1)", "turned the wrong way"),
+    ("front_end_forward", "N, T, first", "N, N, first", "positions run on into the next sequence"),
+    ("attention_block_forward", "m->w[l][APROJ_B]", "NULL", "no bias"),
+    ("attention_block_forward", "m->w[l][APROJ_W]", "m->w[0][APROJ_W]", "first layer's weight"),
+    ("attention_block_backward", "sum += element", "sum = element", "rotary key's gradient from one head only"),
+    ("attention_block_backward", "g < c->NKV", "g < 1", "rotary key's gradient from the first head only"),
+    ("attention_block_backward", "rope_heads(m, &d, N, T, 0, -1)", "rope_heads(m, &d, N, T, 0, 1)", "turned on, not back"),
+    ("attention_block_backward", "rope_heads(m, &d, N, T, 0, -1)", "rope_heads(m, &a, N, T, 0, -1)", "turns q and k, not their gradients"),
+    ("attention_block_backward", "rope_heads(m, &d, N, T, 0, -1);", "", "gradients not turned back"),
+    ("attention_block_backward", "m->g[l][APROJ_B]", "NULL", "bias has no gradient"),
+    ("attention_block_backward", "d_proj, acts->att, N", "d_proj, m->d.att, N", "c_proj's gradient from the wrong input"),
+    ("attention_block_backward", "(View){m->d_k_rope, c->NKV * rope, rope}", "(View){m->d_k_rope, c->NKV * rope, 0}", "heads overwrite each other"),
+
+    # --- 7: the network
+    ("embedding_forward", "n % T", "n", "positions run on into the next sequence"),
+    ("embedding_forward", "+ (wpe ?", "- (wpe ?", "sign of the positions"),
+    ("embedding_forward", "dropout_scale(m, 0, n * C + i)", "dropout_scale(m, 0, n)", "whole tokens dropped"),
+    ("embedding_forward", "m->dropout == 0 ? sum : sum * dropout_scale(m, 0, n * C + i)", "sum", "no dropout"),
+    ("embedding_backward", "if (dwpe)", "if (0)", "positions have no gradient"),
+    ("embedding_backward", "dwpe[(n % T) * C + i] +=", "dwpe[(n % T) * C + i] =", "positions: last sequence only"),
+    ("embedding_backward", "dwte[(long)tokens[n] * C + i] +=", "dwte[(long)tokens[n] * C + i] =", "repeated tokens and the head overwritten"),
+    ("embedding_backward", "min_int(C, i0 + COLUMNS)", "min_int(C / COLUMNS * COLUMNS, i0 + COLUMNS)", "last columns dropped"),
+    ("embedding_backward", "(long)N * C, 0)", "(long)N * C, 1)", "another place's dropout"),
+    ("block_forward", "residual_forward(m, y, acts->x_mid", "residual_forward(m, y, acts->x", "MLP's residual passes attention by"),
+    ("block_forward", "m->norm, acts->x_mid, C, w[LN2_W]", "m->norm, acts->x, C, w[LN2_W]", "MLP reads the block's input"),
+    ("block_forward", "w[LN1_W], w[LN1_B]", "w[LN2_W], w[LN2_B]", "the other norm's weights"),
+    ("block_forward", "2 * l + 2)", "2 * l + 1)", "both branches drop the same numbers"),
+    ("block_forward", "w[FC_B]", "NULL", "no bias"),
+    ("block_forward", "w[LN2_B], N, C, LAYERNORM", "w[LN2_B], N, C, RMSNORM", "rmsnorm for layernorm"),
+    ("block_backward", "norm_forward(m->norm, acts->x, C, w[LN1_W], w[LN1_B], N, C, LAYERNORM);", "", "norm not made again for attention"),
+    ("block_backward", "norm_forward(m->norm, acts->x_mid, C, w[LN2_W], w[LN2_B], N, C, LAYERNORM);", "", "norm not made again for the MLP"),
+    ("block_backward", "2 * l + 1)", "2 * l + 2)", "another place's dropout"),
+    ("block_backward", "gelu_backward(m->d.fc, m->gelu, acts->fc, (long)N * 4 * C)", "gelu_backward(m->d.fc, m->gelu, acts->fc, (long)N * C)", "a quarter of GELU"),
+    ("block_backward", "m->d.x, g[LN2_W], g[LN2_B]", "m->d.x, g[LN2_W], NULL", "norm's bias has no gradient"),
+    ("block_backward", "m->d_norm, acts->x_mid, C, w[LN2_W]", "m->d_norm, acts->x, C, w[LN2_W]", "norm's backward at the wrong place"),
+    ("block_backward", "m->d.fc, w[FC_W], N, C, 4 * C, 0)", "m->d.fc, w[FC_W], N, C, 4 * C, 1)", "d_norm adds to what was there"),
+    ("forward", "m->acts[l + 1].x", "acts->x", "layers do not keep their inputs"),
+    ("forward", "training ? l : 0", "0", "all layers share one set of activations"),
+    ("forward", "l < m->c.L;", "l < max_int(1, m->c.L - 1);", "the last layer is skipped"),
+    ("head_forward", "m->w[0][WTE], NULL", "m->w[0][WTE], m->w[0][LNF_W]", "a bias that is none"),
+    ("head_loss", "r0 += m->head_rows", "r0 += N", "first slice of tokens only"),
+    ("head_loss", "min_int(m->head_rows, N - r0)", "m->head_rows", "last, short slice taken for a whole one"),
+    ("head_loss", "m->norm + (long)r0 * C", "m->norm", "every slice is the first"),
+    ("head_loss", "targets[r0 + r]] -=", "targets[r]] -=", "targets of the first slice"),
+    ("head_loss", "log(sum) + max - target", "log(sum) - target", "loss without the maximum"),
+    ("head_loss", "z[targets[r0 + r]] -= (real)d_loss", "z[targets[r0 + r]] -= 1", "one-hot not scaled"),
+    ("head_loss", "real scale = (real)d_loss / sum", "real scale = (real)d_loss", "probabilities not normalized"),
+    ("head_loss", "m->d_norm + (long)r0 * C", "m->d_norm", "every slice's gradient to the first"),
+    ("head_loss", "memset(m->d.x, 0, (size_t)N * C", "memset(m->d.x, 0, (size_t)N", "gradient adds to the step before"),
+    ("head_loss", "linear_backward_weight(m, g[WTE], NULL, m->logits, x, rows, C, V);", "", "no gradient from the head to wte"),
+    ("head_loss", "total += m->row_loss[r]", "total = m->row_loss[r]", "loss of the last token"),
+    ("forward_backward", "share / (B * T)", "share / T", "sum over the batch for its mean"),
+    ("forward_backward", "share / (B * T)", "1.0 / (B * T)", "share of the micro-batch ignored"),
+    ("forward_backward", "head_loss(m, targets, B * T, ", "head_loss(m, targets, B * T / 2, ", "half of the batch ignored"),
+    ("forward_backward", "l >= 0", "l > 0", "the first layer is not trained"),
+    ("forward_backward", "embedding_backward(m, tokens, B * T, T)", "embedding_backward(m, tokens, (B - 1) * T, T)", "last sequence's embeddings not trained"),
+    ("forward_loss", "head_loss(m, targets, B * T, 0)", "head_loss(m, targets, B * T, 1)", "leaves gradients behind"),
+
+    # --- 8: optimizer
+    ("gradient_norm", "p < PIECES; p++) total", "p < PIECES - 1; p++) total", "the last piece is dropped"),
+    ("gradient_norm", "return sqrt(total)", "return total", "the square"),
+    ("gradient_norm", "m->block * (p + 1) / PIECES", "m->block * (p + 1) / PIECES - 1", "a number in each piece is dropped"),
+    ("clip_scale", "limit / norm : 1", "limit / norm : limit > 0 ? limit / norm : 1", "enlarges small gradients"),
+    ("clip_scale", "limit > 0 && norm > limit", "norm > limit", "0 means zero"),
+    ("clip_scale", "limit / norm", "limit / (norm * norm)", "by the square"),
+    ("adamw_update", "pow(o->beta1, step)", "pow(o->beta1, step + 1)", "first correction a step late"),
+    ("adamw_update", "pow(o->beta2, step)", "pow(o->beta2, step - 1 + (step == 1))", "second correction a step early"),
+    ("adamw_update", "t->cols ? 1 - learning_rate", "1 ? 1 - learning_rate", "biases and norms decayed"),
+    ("adamw_update", "1 - learning_rate * o->weight_decay", "1 - o->weight_decay", "decay not scaled by the learning rate"),
+    ("adamw_update", "w[k] * keep", "w[k]", "no decay"),
+    ("adamw_update", "(real)sqrt(av[k] * correct2) + eps", "(real)sqrt(av[k] * correct2 + eps)", "eps under the root"),
+    ("adamw_update", "(real)sqrt(av[k] * correct2) + eps", "(real)sqrt(av[k]) * correct2 + eps", "correction outside the root"),
+    ("adamw_update", "(real)sqrt(av[k] * correct2) + eps", "(real)sqrt(av[k] * correct2)", "no eps"),
+    ("adamw_update", "(1 - b1) * g", "g", "momentum as in SGD"),
+    ("adamw_update", "(1 - b2) * g * g", "(1 - b1) * g * g", "the other beta"),
+    ("adamw_update", "dw[k] * scale", "dw[k]", "clipping not applied"),
+    ("adamw_update", "dw[k] = 0", "dw[k] = g", "gradients not cleared"),
+    ("learning_rate_at", "step < s->warmup", "step <= s->warmup", "warm-up a step longer"),
+    ("learning_rate_at", "(step + 1) / (s->warmup + 1)", "step / s->warmup", "first step of size zero"),
+    ("learning_rate_at", "(s->steps - s->warmup);", "s->steps;", "does not reach the floor"),
+    ("learning_rate_at", "(s->peak - s->floor)", "s->peak", "ends above the floor"),
+    ("learning_rate_at", "0.5 * (1 + cos", "(1 + cos", "twice the peak"),
+    ("learning_rate_at", "s->kind == CONSTANT ||", "", "constant decays too"),
+
+    # --- 9, 10, 11: batches, checkpoints, evaluation, sampling
+    ("next_batch", "% (d->n - T)", "% (d->n - T - 1)", "random rows never reach the end"),
+    ("next_batch", "random_bits(key, b)", "random_bits(key, 0)", "all rows of a batch the same"),
+    ("next_batch", "STREAM_DATA, index)", "STREAM_DATA, 0)", "all random batches the same"),
+    ("next_batch", "(long)b * T", "(long)b", "rows overlap"),
+    ("next_batch", "((d->n - 1) / ((long)B * T))", "(d->n / ((long)B * T) + 1)", "reads past the end"),
+    ("next_batch", "d->tokens[from + t + 1]", "d->tokens[from + t]", "targets not shifted"),
+    ("checkpoint_save", "part_of(m, part)[t->offset + k + i]", "part_of(m, part)[t->offset + i]", "first 4096 numbers again and again"),
+    ("checkpoint_save", "part_of(m, part)[", "part_of(m, 0)[", "parameters in place of the moments"),
+    ("checkpoint_save", "part_prefix[part], t->name, t->rows", "part_prefix[part], t->name, t->cols", "shape"),
+    ("checkpoint_save", "int parts = state ? 3 : 1", "int parts = state ? 2 : 1", "second moments not written"),
+    ("part_of", "part == 1 ? m->adam_m : m->adam_v", "part == 2 ? m->adam_m : m->adam_v", "moments swapped in the file"),
+    ("checkpoint_read", "x[i + j] = piece[j]", "x[j] = piece[j]", "every piece to the start"),
+    ("checkpoint_read", "k->data_start + e->from", "e->from", "data taken from the header"),
+    ("checkpoint_read_model", "moments ? 3 : 1", "1", "moments not read"),
+    ("checkpoint_config", "= n;", "= key->names ? 0 : n;", "names not read"),
+    ("evaluate", "m->dropout = 0", "m->dropout *= 1", "dropout stays on"),
+    ("evaluate", "m->dropout = dropout", "m->dropout *= 1", "dropout stays off"),
+    ("evaluate", "+ (tail > 0)", "", "the last, shorter window is dropped"),
+    ("evaluate", "length = tail", "length = tail - 1", "the last token is dropped"),
+    ("evaluate", "full - window < B ? full - window : B", "B", "a batch reaches past the full windows"),
+    ("evaluate", "i * batches / taken * B", "i * B", "the first batches, not spread over the data"),
+    ("evaluate", "sum / e.tokens", "sum / (d->n - 1)", "some batches averaged as all"),
+    ("evaluate", "sum / log(2)", "sum", "nats for bits"),
+    ("evaluate", "token_length(tokenizer, y[k])", "1", "bytes per token"),
+    ("sample_token", "(logits[v] - max) / temperature", "(logits[v] - max) * temperature", "temperature upside down"),
+    ("sample_token", "u * sum", "u", "probabilities not normalized"),
+    ("sample_token", "logits[v] > logits[best]", "logits[v] < logits[best]", "the least likely"),
+    ("sample_token", "running += logits[v]", "running = logits[v]", "not cumulative"),
+]
+
+# Changes that change no result, to show that the tests do not just always fail; `what` is why.
+HARMLESS = [
+    ("pack", "if (n % W) memset", "if (0) memset", "what pads a panel meets only sums that are never stored"),
+    ("largest", "i + 16 <= n", "i + 16 < n", "the last loop takes what the first leaves"),
+    ("model_create", "double angle = t *", "double angle = (t + 1) *", "turned queries meet turned keys: only differences count"),
+    ("exp_row", "real sum = 0;", "real sum = -0.0;", "-0 + x is x"),
+]
+
+
+def mutant(source, name, old, new):
+    """The source with `old` replaced in function (or macro) `name`."""
+    found = re.search(rf"^(?:static .*\b{name}\(.*[^;]|#define {name}\(.*)$", source, re.M)
+    if not found:
+        raise LookupError(f"{name}: not defined")
+    start, end = found.span()
+    if found[0].startswith("static") and not found[0].endswith("}"):
+        end = source.index("\n}", end)
+    count = source.count(old, start, end)
+    if count != 1:
+        raise LookupError(f"{name}: {old!r} occurs {count} times, expected once")
+    return source[:start] + source[start:end].replace(old, new) + source[end:]
+
+
+def make(folder, *targets):
+    """Exit status of make and what it printed; None for the status if it took too long."""
+    process = subprocess.Popen(["make", *targets, CFLAGS], cwd=folder, env=ENVIRONMENT, text=True, errors="replace",
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        output = process.communicate(timeout=TIMEOUT)[0]
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # make, and the tests that it started
+        return None, process.communicate()[0]
+
+
+def verdict(tree, source):
+    """Why the tests fail on `source` in a copy of `tree`, "" if they pass; and the seconds they took."""
+    start = time.time()
+    with tempfile.TemporaryDirectory(prefix="mutate_") as folder:
+        copy = shutil.copytree(tree, Path(folder) / "copy")
+        (copy / SOURCE).write_text(source)
+        status, output = make(copy, "-j2", "test_mla", "test_mla_double")
+        if status != 0:
+            raise RuntimeError("does not compile:\n" + output)
+        status, output = make(copy, "test")
+    counts = re.findall(r"^(\d+) passed, (\d+) failed$", output, re.M)
+    if status is None:
+        why = f"over {TIMEOUT} s"
+    elif status == 0 and counts:
+        why = ""
+    else:
+        why = f"{counts[-1][1]} checks" if counts else "stopped"
+    return why, time.time() - start
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("functions", nargs="*", help="only mistakes in these functions")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time (1)")
+    parser.add_argument("--check", action="store_true", help="only see whether the table fits the source")
+    options = parser.parse_args()
+
+    source = (ROOT / SOURCE).read_text()
+    table = [(*entry, False) for entry in MUTATIONS] + [(*entry, True) for entry in HARMLESS]
+    errors = [f"{name}: no such function in the table" for name in set(options.functions) - {entry[0] for entry in table}]
+    mutants = []
+    for name, old, new, what, harmless in table:
+        try:
+            mutants.append((name, what, harmless, mutant(source, name, old, new)))
+        except LookupError as error:
+            errors.append(str(error))
+    if errors:
+        print(f"dev/mutate.py: the table does not fit {SOURCE}; bring it up to date:", *errors, sep="\n  ", file=sys.stderr)
+        return 2
+    if options.check:
+        print(f"{len(MUTATIONS)} mistakes and {len(HARMLESS)} harmless changes fit {SOURCE}")
+        return 0
+    if options.functions:
+        mutants = [entry for entry in mutants if entry[0] in options.functions]
+
+    caught = missed = wrong = 0
+    with tempfile.TemporaryDirectory(prefix="mutate_") as folder:
+        tree = Path(folder) / "tree"  # as it is now, whatever is edited meanwhile
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "data", "doc", "train_gpt2_mla", "test_mla", "test_mla_double"))
+        why, took = verdict(tree, source)
+        if why:
+            print(f"dev/mutate.py: the tests do not pass on {SOURCE} as it is: {why}", file=sys.stderr)
+            return 2
+        print(f"{'':9} passes   {took:5.1f} s  {'':11}  {SOURCE} as it is", flush=True)
+        pool = concurrent.futures.ThreadPoolExecutor(options.jobs)
+        try:
+            running = {pool.submit(verdict, tree, text): (name, what, harmless) for name, what, harmless, text in mutants}
+            for done, future in enumerate(concurrent.futures.as_completed(running), 1):
+                name, what, harmless = running[future]
+                try:
+                    why, took = future.result()
+                except RuntimeError as error:
+                    wrong += 1
+                    print(f"{done:4}/{len(mutants):<4} ERROR    {name}: {what}: {error}", flush=True)
+                    continue
+                if harmless:
+                    wrong += why != ""
+                    result, what = "CAUGHT" if why else "passes", "harmless: " + what
+                else:
+                    caught, missed = caught + (why != ""), missed + (why == "")
+                    result = "caught" if why else "MISSED"
+                print(f"{done:4}/{len(mutants):<4} {result}   {took:5.1f} s  {why:11}  {name}: {what}", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if wrong:
+        print(f"{wrong} errors of the table: changes that do not compile, or harmless ones that are caught")
+    print(f"{caught} caught, {missed} missed")
+    return 2 if wrong else 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
