@@ -25,7 +25,9 @@ NOTATION (the writeup uses the same)
     L  layers                    C  channels                V  vocabulary size
     NH query heads               NKV key/value heads        HS = C/NH  head size
     R  kv_rank                   RQ q_rank                  RD rope_dim
-    NOPE = HS - RD when the rotary part of a head is split off (position `decoupled`), else HS
+    NOPE = HS - RD when the rotary part of a head is split off (position `decoupled`), else HS;
+    rope = HS - NOPE is the width of that split-off part (0 for learned; 0 too for position
+    `rope`, where the whole head is rotated in place and travels as the NOPE part)
 Arrays are row-major; a comment such as (N, C) gives the shape. Weights are (out, in), as in
 PyTorch. The gradient of the loss with respect to x is called dx.
 
@@ -157,15 +159,15 @@ typedef struct {
     int HS, NOPE, QKV;                 // derived: see NOTATION; QKV: rows of c_attn (0 for mla)
 } Config;
 
-// Fills in what was left open (the equal-parameter defaults of the MLA experiments: RQ = C/2,
-// R = 2C/3, RD = HS/2) and refuses what cannot be.
+// Fills in what was left open (for mla the experiments' defaults RQ = C/2, R = 2C/3, RD = HS/2,
+// with which it has about as many parameters as MHA) and refuses what cannot be.
 static void config_complete(Config *c, const char *where) {
     if (c->C % c->NH) fail(1, "%s: heads %d does not divide channels %d", where, c->NH, c->C);
     c->HS = c->C / c->NH;
     const char *kind = attention_names[c->attention], *position = position_names[c->position];
 
     int fixed = c->attention == GQA ? -1 : c->attention == MQA ? 1 : c->NH;
-    if (c->NKV == -1) c->NKV = fixed != -1 ? fixed : c->NH % 4 ? 1 : c->NH / 4;
+    if (c->NKV == -1) c->NKV = fixed != -1 ? fixed : c->NH >= 8 && c->NH % 4 == 0 ? c->NH / 4 : c->NH % 2 ? 1 : c->NH / 2;
     if (fixed != -1 && c->NKV != fixed)
         fail(1, "%s: kv-heads %d: %s has %d (gqa lets you choose)", where, c->NKV, kind, fixed);
     if (c->NKV < 1 || c->NH % c->NKV)
@@ -224,7 +226,7 @@ enum {  // [ATTENTION 1]
     LNF_W, LNF_B,
     TENSORS
 };
-enum { ZEROS, ONES, NORMAL, RESIDUAL };  // N(0, 0.02); RESIDUAL: smaller by sqrt(2L) (30)
+enum { ZEROS, ONES, NORMAL, RESIDUAL };  // standard deviation 0.02; RESIDUAL: / sqrt(2L) (30)
 
 typedef struct {
     const char *name;
@@ -377,7 +379,8 @@ static Model *model_create(const Config *c, int training) {
     return m;
 }
 
-// N(0, 0.02), residual projections smaller by sqrt(2L), norm weights one, biases zero (30).
+// Normal numbers of standard deviation 0.02, in residual projections smaller by sqrt(2L); norm
+// weights one, biases zero (30).
 static void model_init(Model *m, uint64_t seed) {
     for (int i = 0; i < m->n_tensors; i++) {
         Tensor *t = &m->tensors[i];
@@ -409,7 +412,7 @@ static void model_init(Model *m, uint64_t seed) {
 // caches. Cure: PACKED PANELS. Blocks of a (MC x KC) and b (KC x NC) are copied so that the
 // tile reads them strictly one after the other: panel p of a holds its rows p*MR .. p*MR+MR-1,
 // and within it step k's MR numbers are adjacent; likewise b by NR columns. One panel of b
-// stays in the first-level cache, a block of a in the second. Copying also absorbs transposes
+// (24 KB with vectors of 8) stays in the first-level cache, a block of a in the second. Copying also absorbs transposes
 // (a stride decides, not the code) and pads ragged edges with zeros, so there is one kernel.
 //
 // Every element of c is summed by one thread, k ascending, whoever that thread is: results do
@@ -683,9 +686,9 @@ static void norm_backward(const Model *m, real *dx, real *dw, real *db, const re
 
 // --- exp, in a form that compilers turn into vector code (libm's is a call per number)
 
-// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln(2)/2, where the polynomial of degree 6 that
-// errs least is off by 2e-9. With rounding the relative error stays below 2e-7 for x in [-87, 88],
-// to whose ends x is clamped; NaN stays NaN.
+// e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln(2)/2, where a polynomial of degree 6, fitted
+// for the least relative error, is off by 3e-9. With rounding the error stays below 2e-7 for x in
+// [-87, 88], to whose ends x is clamped; NaN stays NaN.
 static inline real fast_exp(real x) {
 #ifdef REAL_DOUBLE
     return exp(x);
@@ -697,8 +700,8 @@ static inline real fast_exp(real x) {
     shifted.f = x * 1.44269504f + 12582912.0f;
     float n = shifted.f - 12582912.0f;
     float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: exact product
-    float p = 1 + r * (1 + r * (0.499999942f + r * (0.166664312f + r * (0.0416680026f
-                + r * (0.00837416339f + r * 0.00138436441f)))));
+    float p = 1 + r * (1 + r * (0.49999993f + r * (0.16666521f + r * (0.04166839f
+                + r * (0.00836871f + r * 0.00138146f)))));
     power.u = (shifted.u + 127) << 23;                       // 2^n: n in the exponent's place
     return p * power.f;
 #endif
@@ -810,7 +813,7 @@ static void rope(const Model *m, View x, int heads, int N, int T, int first, int
 // 5  ATTENTION CORE
 // ============================================================================================
 //
-// One core serves every kind. A query head is [q_nope; q_rope], of which either part may be
+// One core serves every kind. A query head is [q_nope; q_rope], of which the second may be
 // empty; query head h reads key/value head h / (NH/NKV); the rotary part of the keys is one
 // for all heads:
 //     score(i, j) = (q_nope_i . k_nope_j + q_rope_i . k_rope_j) / sqrt(HS),   j <= i       (11)
@@ -839,11 +842,9 @@ static View rope_part(const Heads *a) { return (View){a->q.p + a->nope, a->q.tok
 
 // s (rows, keys) = q k', for `rows` queries from token q0 on and `keys` keys from token k0 on
 static void strip_scores(real *s, const Heads *a, int h, int g, long q0, long k0, int rows, int keys) {
-    if (a->nope)
-        matmul_serial(s, keys, tokens_of(a->q, q0, h), transpose(tokens_of(a->k, k0, g)), rows, keys, a->nope, 0);
+    matmul_serial(s, keys, tokens_of(a->q, q0, h), transpose(tokens_of(a->k, k0, g)), rows, keys, a->nope, 0);
     if (a->rope)
-        matmul_serial(s, keys, tokens_of(rope_part(a), q0, h), transpose(tokens_of(a->k_rope, k0, g)), rows, keys,
-                      a->rope, a->nope > 0);
+        matmul_serial(s, keys, tokens_of(rope_part(a), q0, h), transpose(tokens_of(a->k_rope, k0, g)), rows, keys, a->rope, 1);
 }
 
 // out (N, NH, value), lse (N, NH): B sequences of T tokens each
@@ -873,6 +874,7 @@ static void attention_forward(const Model *m, const Heads *a, View out, real *ls
 // From d_out, with p made again from lse, strip by strip (14):
 //     dv_j  = sum_i p_ij d_out_i                    dp_ij = d_out_i . v_j
 //     ds_ij = p_ij (dp_ij - D_i) / sqrt(HS),        D_i = sum_j p_ij dp_ij = d_out_i . out_i
+//     (ds is the gradient of the dot product q_i . k_j, before its scaling)
 //     dq_i  = sum_j ds_ij k_j                       dk_j  = sum_i ds_ij q_i
 // d holds views of the gradients, which are overwritten. A thread owns a key/value head with all
 // its query heads, so d->k_rope has a row per key/value head: (N, NKV, rope).
@@ -915,10 +917,8 @@ static void attention_backward(const Model *m, const Heads *a, const Heads *d, V
                     Mat to_keys = transposed(ds, keys), to_queries = rows_of(ds, keys);
                     real *dq = element(d->q, q0, h);
                     matmul_serial(dv, d->v.token, transposed(p, keys), d_out_rows, keys, a->value, rows, 1);
-                    if (a->nope) {
-                        matmul_serial(dq, d->q.token, to_queries, tokens_of(a->k, first, g), rows, a->nope, keys, 0);
-                        matmul_serial(dk, d->k.token, to_keys, tokens_of(a->q, q0, h), keys, a->nope, rows, 1);
-                    }
+                    matmul_serial(dq, d->q.token, to_queries, tokens_of(a->k, first, g), rows, a->nope, keys, 0);
+                    matmul_serial(dk, d->k.token, to_keys, tokens_of(a->q, q0, h), keys, a->nope, rows, 1);
                     if (a->rope) {
                         matmul_serial(dq + a->nope, d->q.token, to_queries, tokens_of(a->k_rope, first, g), rows, a->rope, keys, 0);
                         matmul_serial(dk_rope, d->k_rope.token, to_keys, tokens_of(rope_part(a), q0, h), keys, a->rope, rows, 1);
@@ -1115,7 +1115,7 @@ static void place_acts(Model *m, Arena *arena, int T, int training) {
 // Memory for the activations of up to B sequences of T tokens.
 static void model_reserve(Model *m, int B, int T, int training) {
     m->max_N = B * T;
-    m->head_rows = min_int(m->max_N, max_int(256, (1 << 20) / m->c.V));  // about 4 MB of logits
+    m->head_rows = min_int(m->max_N, max_int(256, (1 << 20) / m->c.V));  // 4 MB of logits, or 256 rows
     m->acts = allocate(sizeof(Acts) * (training ? m->c.L : 1), "activations");
     Arena arena = {0};
     place_acts(m, &arena, T, training);
@@ -2010,8 +2010,8 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
 static Options opt = {
     .config = {.attention = -1, .position = -1, .latent_norm = -1, .L = -1, .NH = -1, .NKV = -1, .C = -1,
                .block_size = -1, .V = -1, .RQ = -1, .R = -1, .RD = -1},
-    .seq_len = -1, .batch_size = 16, .grad_accum = 1, .steps = 2000, .learning_rate = 4e-3, .warmup = -1, .min_lr = -1,
-    .grad_clip = 1, .seed = 1337, .val_every = 250, .val_batches = 20, .sample_every = 500,
+    .seq_len = -1, .batch_size = 8, .grad_accum = 1, .steps = 4000, .learning_rate = 4e-3, .warmup = -1, .min_lr = -1,
+    .grad_clip = 1, .seed = 1337, .val_every = 500, .val_batches = 20, .sample_every = 1000,
     .adam = {.beta1 = 0.9, .beta2 = 0.99, .eps = 1e-8, .weight_decay = 0.1},
 };
 
@@ -2035,7 +2035,7 @@ static Option options[] = {
     {"--layers", INT, &opt.config.L, 1, 1000, .help = "blocks (4)"},
     {"--heads", INT, &opt.config.NH, 1, 1024, .help = "query heads (4)"},
     {"--channels", INT, &opt.config.C, 1, 65536, .help = "width of the residual stream (128)"},
-    {"--kv-heads", INT, &opt.config.NKV, 1, 1024, .help = "gqa: key/value heads (a quarter of the heads)"},
+    {"--kv-heads", INT, &opt.config.NKV, 1, 1024, .help = "gqa: key/value heads (a quarter of the heads, but not one alone)"},
     {"--q-rank", INT, &opt.config.RQ, 0, 65536, .help = "mla: width of the query latent, 0 for none (channels/2)"},
     {"--kv-rank", INT, &opt.config.R, 1, 65536, .help = "mla: width of the key/value latent (2/3 of channels)"},
     {"--rope-dim", INT, &opt.config.RD, 2, 65536, .help = "decoupled: rotary part of a head (half of it)"},
@@ -2047,9 +2047,9 @@ static Option options[] = {
     {"--tokenizer", TEXT, &opt.tokenizer, .help = "its file (data/tinyshakespeare_tokenizer.bin with that data; else bytes)"},
     {"--order", CHOICE, &opt.order, .choices = order_names, .help = "batches at random or sequential places (random)"},
     {"training", .help = NULL},
-    {"--batch-size", INT, &opt.batch_size, 1, 65536, .help = "sequences in a micro-batch (16)"},
+    {"--batch-size", INT, &opt.batch_size, 1, 65536, .help = "sequences in a micro-batch (8)"},
     {"--seq-len", INT, &opt.seq_len, 1, 1 << 24, .help = "tokens in a sequence; a new model's block size (128, or the loaded model's)"},
-    {"--steps", LONG, &opt.steps, 0, 1e12, .help = "updates; 0 with --save writes the initial model (2000)"},
+    {"--steps", LONG, &opt.steps, 0, 1e12, .help = "updates; 0 with --save writes the initial model (4000)"},
     {"--grad-accum", INT, &opt.grad_accum, 1, 65536, .help = "micro-batches per update (1)"},
     {"--learning-rate", DOUBLE, &opt.learning_rate, 0, 1e3, .help = "its peak (4e-3)"},
     {"--schedule", CHOICE, &opt.schedule, .choices = schedule_names, .help = "cosine or constant (cosine)"},
@@ -2063,9 +2063,9 @@ static Option options[] = {
     {"--dropout", DOUBLE, &opt.dropout, 0, 0.99, .help = "probability, on embedding, attention and MLP outputs (0)"},
     {"--seed", LONG, &opt.seed, 0, 9e15, .help = "of all randomness (1337)"},
     {"reports", .help = NULL},
-    {"--val-every", INT, &opt.val_every, 0, INT_MAX, .help = "steps between validations, 0 for only the last (250)"},
+    {"--val-every", INT, &opt.val_every, 0, INT_MAX, .help = "steps between validations, 0 for only the last (500)"},
     {"--val-batches", INT, &opt.val_batches, 0, INT_MAX, .help = "batches in each, 0 for all data, as after the last step (20)"},
-    {"--sample-every", INT, &opt.sample_every, 0, INT_MAX, .help = "steps between samples, 0 for none (500)"},
+    {"--sample-every", INT, &opt.sample_every, 0, INT_MAX, .help = "steps between samples, 0 for none (1000)"},
     {"--log", TEXT, &opt.log, .help = "CSV file of every step"},
     {"files", .help = NULL},
     {"--save", TEXT, &opt.save, .help = "checkpoint to write at the end (safetensors)"},
