@@ -70,22 +70,24 @@ static void test_matmul(void) {
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
         int M = shapes[s][0], N = shapes[s][1], K = shapes[s][2], pad = 3;
         long c_row = N + pad;  // rows of c lie apart: what is between them must stay
-        real *a = allocate(M * K * sizeof(real), "a"), *b = allocate(K * N * sizeof(real), "b");
+        real *a = allocate(M * K * sizeof(real), "a"), *b = allocate((K * N + NR) * sizeof(real), "b");
         real *c = allocate(M * c_row * sizeof(real), "c"), *bias = allocate(N * sizeof(real), "bias");
         double *expected = allocate(M * N * sizeof(double), "c"), *size = allocate(M * N * sizeof(double), "c");
         for (int i = 0; i < M * K; i++) a[i] = random_normal(1, i);
         for (int i = 0; i < K * N; i++) b[i] = random_normal(2, i);
         for (int i = 0; i < N; i++) bias[i] = random_normal(3, i);
-        // every pair of transposes; start from zero, from a bias, from c; then the serial one
-        for (int variant = 0; variant < 4 * 5; variant++) {
+        // every pair of transposes; start from zero, from a bias, from c; the serial one; that for few rows
+        for (int variant = 0; variant < 4 * 8; variant++) {
             Mat A = variant & 1 ? transposed(a, M) : rows_of(a, K), B = variant & 2 ? transposed(b, K) : rows_of(b, N);
             int kind = variant / 4;
+            if (kind >= 5 && variant & 1) continue;
             for (int i = 0; i < M * c_row; i++) c[i] = random_normal(4, i);
-            const real *start = kind == 1 ? bias : kind == 2 || kind == 4 ? c : NULL;
-            long start_row = kind == 1 ? 0 : c_row;
+            const real *start = kind == 1 || kind == 6 ? bias : kind == 2 || kind == 4 || kind == 7 ? c : NULL;
+            long start_row = kind == 1 || kind == 6 ? 0 : c_row;
             matmul_plain(expected, size, A, B, M, N, K, start, start_row);
             if (kind < 3) matmul(c, c_row, A, B, M, N, K, start, start_row);
-            else matmul_serial(c, c_row, A, B, M, N, K, kind == 4);
+            else if (kind < 5) matmul_serial(c, c_row, A, B, M, N, K, kind == 4);
+            else matmul_few(c, c_row, A, B, M, N, K, start, start_row);
             double worst = 0;
             int outside = 0;
             for (int i = 0; i < M; i++) {
@@ -109,6 +111,15 @@ static void test_exp(void) {
     check("fast_exp", "of NaN is NaN", isnan(fast_exp(NAN)));
     check("fast_exp", "of -1000 is about 0", fast_exp(-1000) < 1e-37);
     check("fast_exp", "of 0 is 1", fast_exp(0) == 1);
+
+    int wrong = 0;  // a maximum overlooked changes no softmax, until one overflows
+    for (int n = 1; n <= 50; n++)
+        for (int at = 0; at < n; at++) {
+            real x[50];
+            for (int i = 0; i < n; i++) x[i] = i == at ? 50 : i - n;
+            wrong += largest(x, n) != 50;
+        }
+    check("largest", "at every place of rows up to 50", wrong == 0);
 }
 
 // --- Reference dumps, and finite differences on the same models
@@ -234,6 +245,65 @@ static void test_finite_differences(const char *path, float dropout) {
 }
 #endif
 
+static void random_tokens(int *x, int n, int V) {
+    for (int i = 0; i < n; i++) x[i] = random_bits(8, i) % V;
+}
+
+// --- Decoding
+
+// Logits (n, V) of all positions of sequence b of tokens (B, n), by one pass over the whole.
+static void full_logits(Model *m, real *logits, const int *tokens, int n, int b) {
+    forward(m, tokens + b * n, 1, n, 0);
+    norm_forward(m->norm, m->x_final, m->c.C, m->w[0][LNF_W], m->w[0][LNF_B], n, m->c.C, LAYERNORM);
+    head_forward(m, logits, m->norm, n);
+}
+
+// A prompt in one pass and then token by token gives the logits of the full pass, in every kind and
+// cache mode; and the same greedy text.
+static void test_decoding(const char *path, Model *m, int n) {
+    enum { B = 3, PROMPT = 5 };
+    const double bound = sizeof(real) == 4 ? 1e-4 : 1e-10;
+    int V = m->c.V, modes = m->c.attention == MLA ? 3 : 1, *tokens = allocate(sizeof(int) * B * n, path);
+    int text[3][60], first = 3;
+    real *full = allocate(sizeof(real) * B * n * V, path);
+    random_tokens(tokens, B * n, V);
+    for (int b = 0; b < B; b++) full_logits(m, full + b * n * V, tokens, n, b);
+    for (int mode = 0; mode < modes; mode++) {
+        Cache *cache = m->cache = cache_create(m, mode, B, n);
+        int prompt[B * PROMPT], next[B];
+        double worst = 0;
+        for (int b = 0; b < B; b++) memcpy(prompt + b * PROMPT, tokens + b * n, PROMPT * sizeof(int));
+        for (int at = PROMPT - 1; at < n; at++) {
+            for (int b = 0; b < B; b++) next[b] = tokens[b * n + at];
+            real *logits = at < PROMPT ? decode(m, prompt, B, PROMPT) : decode(m, next, B, 1);
+            for (int b = 0; b < B; b++)
+                for (int v = 0; v < V; v++) worst = fmax(worst, fabs(logits[b * V + v] - full[(b * n + at) * V + v]));
+        }
+        check_below(path, cache_names[mode], worst, bound);
+        Sampling greedy = {0, 0};
+        generate(m, cache, &first, 1, 60, &greedy, 1, NULL, NULL);
+        int *out = allocate(sizeof(int) * B * 60, path);
+        generate(m, cache, &first, 1, 60, &greedy, 1, NULL, out);
+        memcpy(text[mode], out, sizeof text[mode]);
+        check(path, "sequences side by side do not mix", !memcmp(out, out + 60, 60 * sizeof(int)));
+        check(path, "greedy text is the same in every cache mode", !memcmp(text[0], text[mode], sizeof text[0]));
+        free(out);
+        cache_free(cache);
+    }
+    free(tokens), free(full);
+}
+
+static void test_decoding_dump(const char *path) {
+    Checkpoint file = checkpoint_open(path);
+    Config config = checkpoint_config(&file);
+    Model *m = model_create(&config, 0);
+    checkpoint_read_model(&file, m, 0);
+    checkpoint_close(&file);
+    model_reserve(m, 3, config.block_size, 0);
+    test_decoding(path, m, config.block_size);
+    model_free(m);
+}
+
 static int by_name(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
 
 static void test_references(void) {
@@ -250,6 +320,7 @@ static void test_references(void) {
     qsort(files, n, sizeof *files, by_name);
     for (int i = 0; i < n; i++) {
         test_dump(files[i]);
+        test_decoding_dump(files[i]);
 #ifdef REAL_DOUBLE
         test_finite_differences(files[i], 0);
         if (strstr(files[i], "mla_decoupled.") || strstr(files[i], "mha_learned.")) test_finite_differences(files[i], 0.2);
@@ -262,7 +333,7 @@ static void test_references(void) {
 
 static Model *small_model(int attention, int position, int B, int T) {
     Config c = {.attention = attention, .position = position, .latent_norm = LAYERNORM, .L = 2, .NH = 4, .NKV = -1, .C = 32,
-                .block_size = T, .V = 50, .RQ = -1, .R = -1, .RD = -1};
+                .block_size = T, .V = 150, .RQ = -1, .R = -1, .RD = -1};
     config_complete(&c, "test");
     Model *m = model_create(&c, 1);
     model_init(m, 5);
@@ -271,8 +342,41 @@ static Model *small_model(int attention, int position, int B, int T) {
     return m;
 }
 
-static void random_tokens(int *x, int n, int V) {
-    for (int i = 0; i < n; i++) x[i] = random_bits(8, i) % V;
+static void test_long_decoding(void) {  // over several chunks of keys
+    static const int kinds[][2] = {{MHA, DECOUPLED}, {GQA, ROPE}, {MQA, LEARNED}, {MLA, LEARNED}, {MLA, DECOUPLED}};
+    int T = 2 * CHUNK + 29;
+    for (int k = 0; k < 5; k++) {
+        Model *m = small_model(kinds[k][0], kinds[k][1], 3, T);
+        test_decoding(attention_names[kinds[k][0]], m, T);
+        model_free(m);
+    }
+}
+
+// dev/reference/encoding_*: texts and what GPT-2's own encoder makes of them (dev/make_encoding.py).
+static void test_encoding(void) {
+    size_t size, at = 0;
+    int wrong = 0, cases = 0;
+    Tokenizer t = tokenizer_load("dev/reference/encoding_tokenizer.bin");
+    unsigned char *all = read_file("dev/reference/encoding_cases.bin", &size);
+    while (at < size) {
+        uint32_t n, n_tokens;
+        memcpy(&n, all + at, 4), memcpy(&n_tokens, all + at + 4, 4);
+        unsigned char *text = all + at + 8, *expected = text + n;
+        int *out = allocate((n + 1) * sizeof(int), "tokens"), same = encode(&t, text, n, out) == n_tokens;
+        for (uint32_t i = 0; same && i < n_tokens; i++) same = out[i] == expected[2 * i] + 256 * expected[2 * i + 1];
+        if (!same) printf("FAILED encoding of \"%.*s\"\n", n < 60 ? (int)n : 60, text);
+        wrong += !same, cases++;
+        at += 8 + n + 2 * n_tokens;
+        free(out);
+    }
+    check("encoding", "has over 1000 cases", cases > 1000);
+    check("encoding", "is as GPT-2's in every case", wrong == 0);
+    free(all);
+    tokenizer_free(&t);
+    t = tokenizer_bytes();
+    int out[9];
+    check("encoding", "of bytes", encode(&t, (const unsigned char *)"don't  \xc3", 8, out) == 8 && out[3] == '\'' && out[7] == 0xc3);
+    tokenizer_free(&t);
 }
 
 static void test_accumulation(void) {  // two halves of a batch give the gradient of the whole
@@ -334,9 +438,10 @@ static void test_batches(void) {
         for (int i = 0; i < B * T; i++) right &= x[i] == index % 5 * 20 + i && y[i] == x[i] + 1;
         check("batches", "sequential, from the start again at the end", right);
     }
-    int seen_first = 0, seen_last = 0, right = 1;
+    int seen_first = 0, seen_last = 0, right = 1, same = 0;
     for (int index = 0; index < 2000; index++) {
         next_batch(&d, RANDOM, 1, index, x, y, B, T);
+        same += x[0] == x[T];
         for (int b = 0; b < B; b++) {
             seen_first |= x[b * T] == 0, seen_last |= y[b * T + T - 1] == N - 1;
             for (int t = 0; t < T; t++) right &= x[b * T + t] == x[b * T] + t && y[b * T + t] == x[b * T + t] + 1;
@@ -344,6 +449,7 @@ static void test_batches(void) {
     }
     check("batches", "random rows are stretches of the data", right);
     check("batches", "random rows reach both ends", seen_first && seen_last);
+    check("batches", "rows are drawn one by one", same < 100);  // 1 in 91 of 2000: 22
 }
 
 static void test_evaluation(void) {  // each window by itself must give the same, whatever the batch
@@ -352,24 +458,28 @@ static void test_evaluation(void) {  // each window by itself must give the same
     Data d = {.tokens = tokens, .n = N};
     Model *m = small_model(GQA, ROPE, 4, T);
     Tokenizer bytes = tokenizer_bytes();
+    for (int i = 0; i <= 256; i++) bytes.start[i] = 3 * i;  // as if every token stood for three bytes
     int x[N], y[N];
     for (int i = 0; i < N; i++) tokens[i] = random_bits(9, i) % m->c.V;
-    double sum = 0;
+    double sum = 0, losses[N];
     for (int w = 0; w < N - 1; w += T) {
         int length = min_int(T, N - 1 - w);
         for (int i = 0; i < length; i++) x[i] = tokens[w + i], y[i] = tokens[w + i + 1];
-        sum += forward_loss(m, x, y, 1, length);
+        sum += losses[w / T] = forward_loss(m, x, y, 1, length);
     }
     m->dropout = 0.5f;  // which evaluation must not apply
     for (int B = 1; B <= 4; B++) {
         Evaluation e = evaluate(m, &d, &bytes, B, T, 0);
         check("evaluation", "predicts every token but the first once", e.tokens == N - 1);
         check_below("evaluation", "loss", fabs(e.loss / (sum / (N - 1)) - 1), 20 * EPS);
-        check_below("evaluation", "bits per byte", fabs(e.bits_per_byte / (e.loss / log(2)) - 1), 1e-12);
+        check_below("evaluation", "bits per byte", fabs(e.bits_per_byte / (e.loss / log(2) / 3) - 1), 1e-12);
     }
-    check("evaluation", "of some batches", evaluate(m, &d, &bytes, 2, T, 2).tokens == 2 * 2 * T);
+    Evaluation some = evaluate(m, &d, &bytes, 2, T, 2);  // of 6 batches: windows 0, 1 and 6, 7
+    check("evaluation", "of some batches", some.tokens == 2 * 2 * T);
+    sum = losses[0] + losses[1] + losses[6] + losses[7];
+    check_below("evaluation", "of some batches, evenly spread", fabs(some.loss / (sum / (2 * 2 * T)) - 1), 20 * EPS);
     check("evaluation", "leaves dropout as it was", m->dropout == 0.5f);
-    free(bytes.bytes), free(bytes.start);
+    tokenizer_free(&bytes);
     model_free(m);
 }
 
@@ -391,16 +501,23 @@ static void test_schedule(void) {
 static void test_randomness(void) {
     enum { N = 200000 };
     Model *m = small_model(MHA, LEARNED, 1, 8);
-    double kept = 0, sum = 0, square = 0;
-    m->dropout = 0.25f, m->dropout_key = 3;
+    double kept = 0, sum = 0, square = 0, same_place = 0, same_key = 0;
+    m->dropout = 0.25f;
     for (int i = 0; i < N; i++) {
+        m->dropout_key = 3;
         double scale = dropout_scale(m, 1, i);
         kept += scale != 0;
         sum += scale;
+        same_place += (dropout_scale(m, 2, i) != 0) == (scale != 0);
+        m->dropout_key = 4000;
+        same_key += (dropout_scale(m, 1, i) != 0) == (scale != 0);
     }
     // five standard deviations of the means of N draws
+    const double agree = 0.75 * 0.75 + 0.25 * 0.25;
     check_below("dropout", "keeps 3 of 4", fabs(kept / N - 0.75), 5 * sqrt(0.75 * 0.25 / N));
     check_below("dropout", "keeps the mean", fabs(sum / N - 1), 5 * sqrt(0.25 / 0.75 / N));
+    check_below("dropout", "is another in every place", fabs(same_place / N - agree), 5 * sqrt(agree * (1 - agree) / N));
+    check_below("dropout", "is another for every key", fabs(same_key / N - agree), 5 * sqrt(agree * (1 - agree) / N));
     sum = 0;
     for (int i = 0; i < N; i++) {
         double z = random_normal(11, i);
@@ -408,12 +525,29 @@ static void test_randomness(void) {
     }
     check_below("random normal", "mean 0", fabs(sum / N), 5 / sqrt(N));
     check_below("random normal", "variance 1", fabs(square / N - 1), 5 * sqrt(2.0 / N));
+    uint64_t stream = random_stream(1, STREAM_DATA, 2);
+    check("random streams", "differ by seed, purpose and number", stream != random_stream(3, STREAM_DATA, 2) &&
+          stream != random_stream(1, STREAM_DROPOUT, 2) && stream != random_stream(1, STREAM_DATA, 3));
+    model_free(m);
+}
+
+static void test_initialization(int attention, int position) {
+    Model *m = small_model(attention, position, 1, 8);
     model_init(m, 1);
     for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
         double wanted = !t->cols ? (strstr(t->name, "weight") ? 1 : 0) : strstr(t->name, "c_proj") ? 0.02 / 2 : 0.02;
-        square = 0;
-        for (size_t i = 0; i < t->size; i++) square += (double)m->params[t->offset + i] * m->params[t->offset + i];
+        double square = 0, rows = 0, first = 0;
+        real *w = m->params + t->offset, *wte = m->w[0][WTE];
+        for (size_t i = 0; i < t->size; i++) square += (double)w[i] * w[i];
         check_below("initialization", t->name, fabs(sqrt(square / t->size) - wanted), t->cols ? 5 * wanted / sqrt(2.0 * t->size) : 0);
+        if (!t->cols) continue;
+        for (int i = 0; i < 128; i++) rows += w[i] * w[i + t->cols], first += w[i] * wte[i];
+        check_below("initialization: rows are independent", t->name, fabs(rows) / (wanted * wanted), 5 * sqrt(128));
+        if (t != m->tensors) check_below("initialization: tensors are independent", t->name, fabs(first) / (wanted * 0.02), 5 * sqrt(128));
+    }
+    if (attention == MHA && position == LEARNED) {  // GPT-2's count: 12 L C^2 + 13 L C + (V + T + 2) C
+        size_t L = m->c.L, C = m->c.C;
+        check("parameters", "are counted", m->n_params == 12 * L * C * C + 13 * L * C + (m->c.V + 8 + 2) * C);
     }
     model_free(m);
 }
@@ -421,9 +555,11 @@ static void test_randomness(void) {
 static void test_sampling(void) {
     enum { N = 100000 };
     int counts[4] = {0};
+    Sampling all = {0.5, 0}, greedy = {0, 0}, two = {1, 2};
+    real scratch[4];
     for (int i = 0; i < N; i++) {
         real logits[4] = {0, 1, 2, -1};
-        counts[sample_token(logits, 4, 0.5, random_uniform(12, i))]++;
+        counts[sample_token(logits, scratch, 4, &all, random_uniform(12, i))]++;
     }
     double sum = exp(0) + exp(2) + exp(4) + exp(-2);
     for (int v = 0; v < 4; v++) {
@@ -431,7 +567,21 @@ static void test_sampling(void) {
         check_below("sampling", "follows softmax(logits / temperature)", fabs((double)counts[v] / N - p), 5 * sqrt(p * (1 - p) / N));
     }
     real logits[4] = {0, 1, 2, -1};
-    check("sampling", "temperature 0 takes the likeliest", sample_token(logits, 4, 0, 0.999) == 2);
+    check("sampling", "temperature 0 takes the likeliest", sample_token(logits, scratch, 4, &greedy, 0.999) == 2);
+    int seen[4] = {0};
+    for (int i = 0; i < 1000; i++) {
+        real again[4] = {0, 1, 2, -1};
+        seen[sample_token(again, scratch, 4, &two, random_uniform(13, i))]++;
+    }
+    check("sampling", "top-k leaves the likeliest k", !seen[0] && seen[1] > 200 && seen[2] > 600 && !seen[3]);
+    for (int k = 0; k < 50; k++) {  // against counting
+        real x[50], y[50];
+        for (int i = 0; i < 50; i++) x[i] = y[i] = random_bits(14 + k, i) % 20;
+        int above = 0, equal = 0;
+        real found = kth_largest(y, 50, k);
+        for (int i = 0; i < 50; i++) above += x[i] > found, equal += x[i] == found;
+        check("sampling", "k-th largest", above <= k && k < above + equal);
+    }
 }
 
 // --- Files
@@ -476,15 +626,18 @@ static void test_checkpoints(void) {
     remove(a), remove(b);
 }
 
-static void test_cache_sizes(void) {  // the experiments' figures (floats per token, all layers)
-    static const struct { int attention, position, L, C; long floats; } rows[] = {
-        {MHA, ROPE, 8, 512, 8192}, {MLA, DECOUPLED, 8, 512, 2856}, {MLA, LEARNED, 8, 512, 2728}, {MQA, ROPE, 8, 512, 512},
-        {MHA, LEARNED, 24, 1024, 49152}, {MLA, LEARNED, 24, 1024, 16368}, {MQA, LEARNED, 24, 1024, 3072}};
+static void test_config(void) {  // defaults; the experiments' cache sizes, floats per token in all layers
+    static const struct { int attention, position, L, C, kv_heads; long floats; } rows[] = {
+        {MHA, ROPE, 8, 512, 16, 8192}, {MLA, DECOUPLED, 8, 512, 16, 2856}, {MLA, LEARNED, 8, 512, 16, 2728}, {MQA, ROPE, 8, 512, 1, 512},
+        {MHA, LEARNED, 24, 1024, 16, 49152}, {MLA, LEARNED, 24, 1024, 16, 16368}, {MQA, LEARNED, 24, 1024, 1, 3072},
+        {MHA, DECOUPLED, 8, 512, 16, 6272}, {GQA, ROPE, 8, 512, 4, 2048}};
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         Config c = {.attention = rows[i].attention, .position = rows[i].position, .latent_norm = LAYERNORM, .L = rows[i].L,
                     .NH = 16, .NKV = -1, .C = rows[i].C, .block_size = 1024, .V = 256, .RQ = -1, .R = -1, .RD = -1};
         config_complete(&c, "test");
-        check("cache floats per token", attention_names[rows[i].attention], cache_floats(&c) == rows[i].floats);
+        check("cache floats per token", attention_names[rows[i].attention], cache_floats(&c, cache_mode(&c)) == rows[i].floats);
+        check("default kv-heads", attention_names[rows[i].attention], c.NKV == rows[i].kv_heads);
+        check("default q-rank", attention_names[rows[i].attention], c.RQ == (c.attention == MLA ? c.C / 2 : 0));
     }
 }
 
@@ -506,15 +659,19 @@ int main(int argc, char **argv) {
     test_matmul();
     test_exp();
     test_references();
+    test_long_decoding();
+    test_encoding();
     test_accumulation();
     test_threads();
     test_batches();
     test_evaluation();
     test_schedule();
     test_randomness();
+    test_initialization(MHA, LEARNED);
+    test_initialization(MLA, DECOUPLED);
     test_sampling();
     test_checkpoints();
-    test_cache_sizes();
+    test_config();
     if (sizeof(real) == sizeof(float)) run_double(argv[0]);
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;

@@ -17,8 +17,9 @@ the writeup, doc/writeup.md, which derives what is only used here.
     8  Optimizer         AdamW, clipping, learning-rate schedule
     9  Data              token files, text files, tokenizers, batches
    10  Checkpoints       safetensors, written and read
-   11  Training          samples, validation, the loop
-   12  Command line      options, and main
+   11  Decoding          generating text, one token after the other
+   12  Training          validation, the loop
+   13  Command line      options, and main
 
 NOTATION (the writeup uses the same)
     B  sequences in a batch      T  tokens in a sequence    N = B*T  tokens in a batch
@@ -107,6 +108,11 @@ typedef struct {
     real *base;
     size_t used;  // in reals
 } Arena;
+
+static void arena_allocate(Arena *arena, const char *what) {
+    arena->base = allocate((arena->used + 64) * sizeof(real), what);  // 64: tiles may read past an end
+    arena->used = 0;
+}
 
 static real *take(Arena *arena, size_t n) {
     real *p = arena->base ? arena->base + arena->used : NULL;
@@ -204,10 +210,17 @@ static void config_complete(Config *c, const char *where) {
     c->QKV = c->attention == MLA ? 0 : c->NH * c->HS + c->NKV * c->NOPE + (c->HS - c->NOPE) + c->NKV * c->HS;
 }
 
-// Floats that a decoder must keep per token, all layers together (24).
-static long cache_floats(const Config *c) {
-    long rope = c->HS - c->NOPE;  // the shared rotary key, kept once
-    return c->L * (c->attention == MLA ? c->R + rope : c->NKV * (c->NOPE + c->HS) + rope);
+// What a decoder keeps of each token: keys and values, or for mla the latent they come from
+// (chapter 6). The latter serves in two ways.
+enum { CACHE_FULL, CACHE_LATENT, CACHE_ABSORBED };
+static const char *const cache_names[] = {"full", "latent", "absorbed", NULL};
+
+static int cache_mode(const Config *c) { return c->attention == MLA ? CACHE_ABSORBED : CACHE_FULL; }  // the best
+
+// Floats that it keeps per token, all layers together (24). The shared rotary key is kept once.
+static long cache_floats(const Config *c, int mode) {
+    long rope = c->HS - c->NOPE;
+    return c->L * (mode == CACHE_FULL ? c->NKV * (c->NOPE + c->HS) + rope : c->R + rope);
 }
 
 // THE TABLE. It says each parameter tensor's name, shape and initialization once. A tensor of
@@ -294,6 +307,16 @@ typedef struct {
     real *fc;          // (N, 4C) before GELU
 } Acts;
 
+// What decoding keeps of the tokens so far (chapter 6), and the room in which it works.
+typedef struct {
+    int mode, B, capacity, used;  // sequences; tokens to each: at most, so far
+    size_t layer_size;            // reals per layer
+    real *layers;
+    real *parts, *scores;         // attention_decode's: (B, NH, chunks, value+2), per thread (NH, CHUNK)
+    real *q_lat, *o_lat;          // (B, NH, R+rope), (B, NH, R) absorbed
+    real *kv;                     // (capacity, NH*(NOPE+HS)) latent: one sequence, decompressed
+} Cache;
+
 typedef struct {
     Config c;
     Tensor *tensors;
@@ -318,6 +341,7 @@ typedef struct {
     real *d_norm, *d_latent, *d_q_latent, *d_proj;  // gradients of those without the d_
     real *d_k_rope;                // (N, NKV, rope) gradient of the shared rotary key by head
     real *partial;                 // partial sums of gradients that sum over tokens
+    Cache *cache;                  // NULL: not decoding
     float dropout;                 // probability, 0 when not training
     uint64_t dropout_key;          // changes with every micro-batch
 } Model;
@@ -358,9 +382,9 @@ static Model *model_create(const Config *c, int training) {
 
     Arena arena = {0};
     place_params(m, &arena, training);
-    m->memory = arena.base = allocate(arena.used * sizeof(real), "parameters and optimizer");
-    arena.used = 0;
+    arena_allocate(&arena, "parameters and optimizer");
     place_params(m, &arena, training);
+    m->memory = arena.base;
 
     m->w = allocate(sizeof(Layer) * c->L, "layer list");
     m->g = allocate(sizeof(Layer) * c->L, "layer list");
@@ -446,16 +470,16 @@ static Mat rows_of(const real *p, long row) { return (Mat){p, row, 1}; }
 static Mat transpose(Mat a) { return (Mat){a.p, a.col, a.row}; }
 static Mat transposed(const real *p, long row) { return transpose(rows_of(p, row)); }
 
-// c (MR, NR) = start + a' b for packed a (K, MR) and b (K, NR). `start` is c itself to add to
-// it, a row with stride 0 to add a bias, NULL for zero.
-static void tile_kernel(int K, const real *a, const real *b, real *c, long c_row,
+// c (MR, NR) = start + a' b for packed a (K, MR) and b (K, NR), whose rows are b_row apart: NR when
+// packed. `start` is c itself to add to it, a row with stride 0 to add a bias, NULL for zero.
+static void tile_kernel(int K, const real *a, const real *b, long b_row, real *c, long c_row,
                         const real *start, long start_row) {
     vec acc[MR][2];
     #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < 2; j++)
             acc[i][j] = start ? *(const vec *)(start + i * start_row + j * VW) : (vec){0};
-    for (int k = 0; k < K; k++, a += MR, b += NR) {
+    for (int k = 0; k < K; k++, a += MR, b += b_row) {
         vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VW);
         #pragma GCC unroll 8
         for (int i = 0; i < MR; i++) {
@@ -470,28 +494,29 @@ static void tile_kernel(int K, const real *a, const real *b, real *c, long c_row
 }
 
 // The same for a tile that sticks out of c: through a full tile of its own.
-static void tile_edge(int K, const real *a, const real *b, real *c, long c_row, int rows,
+static void tile_edge(int K, const real *a, const real *b, long b_row, real *c, long c_row, int rows,
                       int cols, const real *start, long start_row) {
     real t[MR * NR] = {0};
     for (int i = 0; start && i < rows; i++)
         memcpy(t + i * NR, start + i * start_row, cols * sizeof(real));
-    tile_kernel(K, a, b, t, NR, t, NR);
+    tile_kernel(K, a, b, b_row, t, NR, t, NR);
     for (int i = 0; i < rows; i++)
         memcpy(c + i * c_row, t + i * NR, cols * sizeof(real));
 }
 
-// All tiles of a block: c (M, N) = start + a b, with a packed by MR rows and b by NR columns.
-static void multiply_panels(real *c, long c_row, const real *a, const real *b, int M, int N,
+// All tiles of a block: c (M, N) = start + a b, with a packed by MR rows. b is packed by NR columns
+// if b_row is NR, else its rows lie b_row apart as they are.
+static void multiply_panels(real *c, long c_row, const real *a, const real *b, long b_row, int M, int N,
                             int K, const real *start, long start_row) {
     for (int j = 0; j < N; j += NR)
         for (int i = 0; i < M; i += MR) {
-            const real *pa = a + (long)i * K, *pb = b + (long)j * K;
+            const real *pa = a + (long)i * K, *pb = b + (b_row == NR ? (long)j * K : j);
             const real *s = start ? start + i * start_row + j : NULL;
             real *pc = c + i * c_row + j;
             if (i + MR <= M && j + NR <= N)
-                tile_kernel(K, pa, pb, pc, c_row, s, start_row);
+                tile_kernel(K, pa, pb, b_row, pc, c_row, s, start_row);
             else
-                tile_edge(K, pa, pb, pc, c_row, min_int(MR, M - i), min_int(NR, N - j), s, start_row);
+                tile_edge(K, pa, pb, b_row, pc, c_row, min_int(MR, M - i), min_int(NR, N - j), s, start_row);
         }
 }
 
@@ -533,10 +558,53 @@ static _Thread_local real a_panels[MC * KC];         // a thread's block of a
 static _Thread_local real b_panels[NC_SERIAL * KC];  // and of b, in matmul_serial
 static real b_shared[NC * KC];                       // the block of b that all threads share
 
+// The same within one thread for a few rows of a, whose numbers are adjacent: what decoding does all
+// the time. Each number of b is used M times only, too few to pay for packing; b is read as it lies,
+// and memory sets the pace.
+static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start,
+                       long start_row) {
+    if (b.row == 1) {  // columns of b are contiguous: dot products, 4 x 2 that share their loads
+        for (int j = 0; j < N; j += 2)
+            for (int i = 0; i < M; i += 4) {  // at the edges some are computed twice
+                const real *b0 = b.p + j * b.col, *b1 = b.p + min_int(j + 1, N - 1) * b.col;
+                const real *a0 = a.p + i * a.row, *a1 = a.p + min_int(i + 1, M - 1) * a.row;
+                const real *a2 = a.p + min_int(i + 2, M - 1) * a.row, *a3 = a.p + min_int(i + 3, M - 1) * a.row;
+                real s00 = 0, s01 = 0, s10 = 0, s11 = 0, s20 = 0, s21 = 0, s30 = 0, s31 = 0;
+                #pragma omp simd reduction(+:s00, s01, s10, s11, s20, s21, s30, s31)
+                for (int k = 0; k < K; k++) {
+                    s00 += a0[k] * b0[k], s01 += a0[k] * b1[k], s10 += a1[k] * b0[k], s11 += a1[k] * b1[k];
+                    s20 += a2[k] * b0[k], s21 += a2[k] * b1[k], s30 += a3[k] * b0[k], s31 += a3[k] * b1[k];
+                }
+                real sums[4][2] = {{s00, s01}, {s10, s11}, {s20, s21}, {s30, s31}};
+                for (int y = 0; y < min_int(4, M - i); y++)
+                    for (int x = 0; x < min_int(2, N - j); x++)
+                        c[(i + y) * c_row + j + x] = (start ? start[(i + y) * start_row + j + x] : 0) + sums[y][x];
+            }
+    } else {  // rows of b are contiguous: tiles; b must be readable up to NR numbers past its last row
+        for (int k0 = 0; k0 < K; k0 += KC)
+            for (int i0 = 0; i0 < M; i0 += MC) {
+                int kc = min_int(KC, K - k0), mc = min_int(MC, M - i0);
+                real *c0 = c + i0 * c_row;
+                const real *s0 = k0 ? c0 : start ? start + i0 * start_row : NULL;
+                pack(a_panels, a.p + i0 * a.row + k0, a.row, 1, mc, kc, MR);
+                multiply_panels(c0, c_row, a_panels, b.p + k0 * b.row, b.row, mc, N, kc, s0, k0 ? c_row : start_row);
+            }
+    }
+}
+
+enum { FEW = 16, COLUMNS = 64 };  // rows that are few; columns to a piece of work for them
+
 // c (M, N) = start + a (M, K) b (K, N), by all threads; c's rows are c_row apart. For start see
 // tile_kernel. Blocks of c's rows are the unit of work.
 static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start,
                    long start_row) {
+    if (M <= FEW && a.col == 1 && b.row == 1) {
+        #pragma omp parallel for
+        for (int j = 0; j < N; j += COLUMNS)
+            matmul_few(c + j, c_row, a, (Mat){b.p + j * b.col, 1, b.col}, M, min_int(COLUMNS, N - j), K,
+                       start ? start + j : NULL, start_row);
+        return;
+    }
     #pragma omp parallel
     for (int j0 = 0; j0 < N; j0 += NC)
         for (int k0 = 0; k0 < K; k0 += KC) {
@@ -551,7 +619,7 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
                 real *c0 = c + i0 * c_row + j0;
                 const real *s0 = k0 ? c0 : start ? start + i0 * start_row + j0 : NULL;
                 pack(a_panels, a.p + i0 * a.row + k0 * a.col, a.row, a.col, mc, kc, MR);
-                multiply_panels(c0, c_row, a_panels, b_shared, mc, nc, kc, s0, k0 ? c_row : start_row);
+                multiply_panels(c0, c_row, a_panels, b_shared, NR, mc, nc, kc, s0, k0 ? c_row : start_row);
             }
         }
 }
@@ -566,7 +634,7 @@ static void matmul_serial(real *c, long c_row, Mat a, Mat b, int M, int N, int K
                 int nc = min_int(NC_SERIAL, N - j0);
                 real *c0 = c + i0 * c_row + j0;
                 pack(b_panels, b.p + j0 * b.col + k0 * b.row, b.col, b.row, nc, kc, NR);
-                multiply_panels(c0, c_row, a_panels, b_panels, mc, nc, kc, add || k0 ? c0 : NULL, c_row);
+                multiply_panels(c0, c_row, a_panels, b_panels, NR, mc, nc, kc, add || k0 ? c0 : NULL, c_row);
             }
         }
 }
@@ -831,6 +899,7 @@ typedef struct {
     int heads, kv_heads;     // NH, NKV
     int nope, rope, value;   // widths of q_nope, q_rope and v
     View q, k, k_rope, v;    // q (N, NH, nope+rope), k (N, NKV, nope), k_rope (N, 1, rope), v (N, NKV, value)
+    long k_sequence, k_rope_sequence, v_sequence;  // decoding: from one sequence's cache to the next
 } Heads;
 
 static real *element(View x, long t, int h) { return x.p + t * x.token + h * x.head; }
@@ -927,6 +996,57 @@ static void attention_backward(const Model *m, const Heads *a, const Heads *d, V
         }
 }
 
+// --- One query
+
+// Decoding asks for one query per sequence, against `keys` keys in a cache. There is nothing to
+// reuse but the group of query heads that share a key/value head: its `group` queries are the rows
+// of the products here. Keys are cut into chunks, the unit of work, so that even a single sequence
+// with a single key/value head keeps all threads busy. A chunk's softmax is relative to its own
+// maximum; the chunks are then weighted by e^(their maximum - the largest):
+//     out = sum_c w_c o_c / sum_c w_c sum_c,   w_c = e^(max_c - max)
+// q (B, NH, nope+rope), out (B, NH, value); k, k_rope, v view the cache of sequence 0.
+enum { CHUNK = 256 };
+
+static void attention_decode(const Model *m, const Heads *a, View out, int B, int keys) {
+    int group = a->heads / a->kv_heads, chunks = (keys + CHUNK - 1) / CHUNK, row = a->value + 2;
+    real scale = 1 / (real)sqrt(m->c.HS);
+    real *parts = m->cache->parts;  // (B, NKV, chunks, group, value+2): o_c, max_c, sum_c
+    #pragma omp parallel for collapse(3) schedule(dynamic)
+    for (int b = 0; b < B; b++)
+        for (int g = 0; g < a->kv_heads; g++)
+            for (int c = 0; c < chunks; c++) {
+                int first = c * CHUNK, n = min_int(CHUNK, keys - first);
+                real *s = m->cache->scores + (long)omp_get_thread_num() * m->c.NH * CHUNK;  // (group, n)
+                real *part = parts + ((long)(b * a->kv_heads + g) * chunks + c) * group * row;
+                Mat q = rows_of(element(a->q, b, g * group), a->q.head), q_rope = rows_of(q.p + a->nope, a->q.head);
+                Mat k = rows_of(element(a->k, first, g) + b * a->k_sequence, a->k.token);
+                Mat k_rope = rows_of(element(a->k_rope, first, g) + b * a->k_rope_sequence, a->k_rope.token);
+                Mat v = rows_of(element(a->v, first, g) + b * a->v_sequence, a->v.token);
+                matmul_few(s, n, q, transpose(k), group, n, a->nope, NULL, 0);
+                if (a->rope) matmul_few(s, n, q_rope, transpose(k_rope), group, n, a->rope, s, n);
+                for (int r = 0; r < group; r++) {
+                    real max = largest(s + r * n, n);
+                    part[r * row + a->value] = max;
+                    part[r * row + a->value + 1] = exp_row(s + r * n, n, scale, max);
+                }
+                matmul_few(part, row, rows_of(s, n), v, group, a->value, n, NULL, 0);
+            }
+    #pragma omp parallel for collapse(2)
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < a->heads; h++) {
+            const real *part = parts + ((long)(b * a->kv_heads + h / group) * chunks * group + h % group) * row;
+            real *o = element(out, b, h), max = part[a->value], sum = 0;
+            for (int c = 1; c < chunks; c++) max = fmax(max, part[(long)c * group * row + a->value]);
+            memset(o, 0, a->value * sizeof(real));
+            for (int c = 0; c < chunks; c++, part += group * row) {
+                real w = fast_exp(scale * (part[a->value] - max));
+                sum += w * part[a->value + 1];
+                for (int e = 0; e < a->value; e++) o[e] += w * part[e];
+            }
+            for (int e = 0; e < a->value; e++) o[e] /= sum;
+        }
+}
+
 // ============================================================================================
 // 6  FRONT ENDS
 // ============================================================================================
@@ -988,14 +1108,21 @@ static void mla_latents(Model *m, int l, const Acts *acts, int N) {
     if (c->RQ) norm_forward(m->q_latent, acts->q_a, c->RQ, w[QA_NORM_W], w[QA_NORM_B], N, c->RQ, c->latent_norm);
 }
 
-static void mla_forward(Model *m, int l, Acts *acts, int N) {
+// Keys and values of N tokens from their latents (N, R), latent_row apart (21). W_UKV is kv_b_proj.
+static void mla_decompress(const Model *m, int l, real *kv, const real *latent, long latent_row, int N) {
+    int R = m->c.R, KV = m->c.NH * (m->c.NOPE + m->c.HS);
+    matmul(kv, KV, rows_of(latent, latent_row), transposed(m->w[l][KVB_W], R), N, KV, R, NULL, 0);
+}
+
+// With `decompress` off, keys and values stay in their latents: decoding may not need them.
+static void mla_forward(Model *m, int l, Acts *acts, int N, int decompress) {
     const Config *c = &m->c;
     real **w = m->w[l];
     int kv_a = c->R + c->HS - c->NOPE;
     linear_forward(acts->kv_a, m->norm, w[KVA_W], NULL, N, c->C, kv_a);                          // (20, 23)
     if (c->RQ) linear_forward(acts->q_a, m->norm, w[QA_W], NULL, N, c->C, c->RQ);                // (22)
     mla_latents(m, l, acts, N);
-    linear_forward(acts->kv, m->latent, w[KVB_W], NULL, N, c->R, c->NH * (c->NOPE + c->HS));     // (21)
+    if (decompress) mla_decompress(m, l, acts->kv, m->latent, c->R, N);
     if (c->RQ) linear_forward(acts->q, m->q_latent, w[QB_W], NULL, N, c->RQ, c->NH * c->HS);     // (22)
     else linear_forward(acts->q, m->norm, w[Q_W], NULL, N, c->C, c->NH * c->HS);
 }
@@ -1029,23 +1156,120 @@ static void mla_backward(Model *m, int l, const Acts *acts, int N) {
     }
 }
 
-// --- What every kind shares: proj = c_proj(attention(norm))
+// --- The cache: what decoding keeps of the tokens so far
+//
+// Per layer and sequence, CACHE_FULL keeps keys and values by head, k (NKV, capacity, NOPE) and
+// v (NKV, capacity, HS), and the shared rotary key once, k_rope (capacity, rope). For mla the two
+// others keep one row per token instead, [normed latent; rotated key] (capacity, R+rope).
 
-// [ATTENTION 2] Queries, keys and values of N tokens, rotated: T to a sequence, from position
-// `first` on.
-static void front_end_forward(Model *m, int l, Acts *acts, int N, int T, int first) {
-    if (m->c.attention == MLA) mla_forward(m, l, acts, N);
-    else qkv_forward(m, l, acts, N);
-    Heads a = heads_of(m, acts);
-    rope_heads(m, &a, N, T, first, 1);
+static Heads cache_heads(const Model *m, int l) {  // views of a full cache's layer l
+    const Config *c = &m->c;
+    const Cache *cache = m->cache;
+    long capacity = cache->capacity, keys = capacity * c->NKV * c->NOPE, values = capacity * c->NKV * c->HS;
+    long rope = c->HS - c->NOPE;
+    real *base = cache->layers + l * cache->layer_size;
+    return (Heads){.heads = c->NH, .kv_heads = c->NKV, .nope = c->NOPE, .rope = rope, .value = c->HS,
+                   .k = {base, c->NOPE, capacity * c->NOPE}, .k_sequence = keys,
+                   .v = {base + cache->B * keys, c->HS, capacity * c->HS}, .v_sequence = values,
+                   .k_rope = {base + cache->B * (keys + values), rope, 0}, .k_rope_sequence = capacity * rope};
 }
 
+// Appends T tokens of each sequence, from what the front end just made.
+static void cache_append(Model *m, int l, const Acts *acts, int B, int T) {
+    const Config *c = &m->c;
+    Cache *cache = m->cache;
+    Heads from = heads_of(m, acts), to = cache_heads(m, l);
+    size_t R = c->R, rope = from.rope;
+    #pragma omp parallel for collapse(2)
+    for (int b = 0; b < B; b++)
+        for (int t = 0; t < T; t++) {
+            long n = (long)b * T + t, at = cache->used + t;
+            if (cache->mode != CACHE_FULL) {
+                real *row = cache->layers + l * cache->layer_size + ((long)b * cache->capacity + at) * (R + rope);
+                memcpy(row, m->latent + n * R, R * sizeof(real));
+                memcpy(row + R, element(from.k_rope, n, 0), rope * sizeof(real));
+                continue;
+            }
+            for (int g = 0; g < c->NKV; g++) {
+                memcpy(element(to.k, at, g) + b * to.k_sequence, element(from.k, n, g), c->NOPE * sizeof(real));
+                memcpy(element(to.v, at, g) + b * to.v_sequence, element(from.v, n, g), c->HS * sizeof(real));
+            }
+            memcpy(element(to.k_rope, at, 0) + b * to.k_rope_sequence, element(from.k_rope, n, 0), rope * sizeof(real));
+        }
+}
+
+// Cached latents, decompressed at every step into keys and values of all tokens so far: the memory
+// of MLA at the price of NH*(NOPE+HS)*R multiply-adds per cached token, layer and step.
+static void decode_latent(Model *m, int l, const Acts *acts, View out, int B, int keys) {
+    const Config *c = &m->c;
+    Heads a = heads_of(m, acts);
+    long kv_row = c->NH * (c->NOPE + c->HS), row = c->R + a.rope;
+    for (int b = 0; b < B; b++) {
+        real *latent = m->cache->layers + l * m->cache->layer_size + (long)b * m->cache->capacity * row;
+        mla_decompress(m, l, m->cache->kv, latent, row, keys);
+        a.q.p = acts->q + (long)b * a.q.token;
+        a.k = (View){m->cache->kv, kv_row, c->NOPE + c->HS};
+        a.v = (View){m->cache->kv + c->NOPE, kv_row, c->NOPE + c->HS};
+        a.k_rope = (View){latent + c->R, row, 0};
+        attention_decode(m, &a, (View){out.p + b * out.token, out.token, out.head}, 1, keys);
+    }
+}
+
+// ABSORPTION: decoding from the latents themselves. Keys and values are linear in the latent c_j,
+// so their matrices can change places with the sums over tokens. For the scores (25),
+//     q_nope . k_nope_j = q_nope . (W_UK c_j) = (W_UK' q_nope) . c_j = q_lat . c_j
+// and for the output (26)
+//     sum_j p_j v_j = sum_j p_j (W_UV c_j) = W_UV (sum_j p_j c_j) = W_UV o_lat
+// W_UK' is applied once per query instead of W_UK once per key, W_UV once per output instead of
+// once per value. What is left between the two is MQA, and runs on its code: NH query heads
+// [q_lat; q_rope] of width R+rope read one key head, which is the cached row [c_j; k_rope_j], and
+// one value head, which is that row's first R numbers. Per head h, from kv_b_proj's rows:
+//     W_UK (NOPE, R)   q_nope (B, NOPE) -> q_lat (B, R)
+//     W_UV (HS, R)     o_lat (B, R)     -> out (B, HS)
+static void decode_absorbed(Model *m, int l, const Acts *acts, View out, int B, int keys) {
+    const Config *c = &m->c;
+    int NH = c->NH, HS = c->HS, NOPE = c->NOPE, R = c->R, rope = HS - NOPE, row = R + rope;
+    View q = {acts->q, NH * HS, HS}, q_lat = {m->cache->q_lat, NH * row, row}, o_lat = {m->cache->o_lat, NH * R, R};
+    #pragma omp parallel for
+    for (int h = 0; h < NH; h++) {
+        const real *w_uk = m->w[l][KVB_W] + (long)h * (NOPE + HS) * R;
+        matmul_few(element(q_lat, 0, h), q_lat.token, tokens_of(q, 0, h), rows_of(w_uk, R), B, R, NOPE, NULL, 0);
+        for (int b = 0; b < B; b++) memcpy(element(q_lat, b, h) + R, element(q, b, h) + NOPE, rope * sizeof(real));
+    }
+    real *base = m->cache->layers + l * m->cache->layer_size;
+    View latents = {base, row, 0};
+    long sequence = m->cache->capacity * row;
+    Heads mqa = {.heads = NH, .kv_heads = 1, .nope = row, .rope = 0, .value = R, .q = q_lat, .k = latents, .v = latents,
+                 .k_rope = latents, .k_sequence = sequence, .v_sequence = sequence, .k_rope_sequence = sequence};
+    attention_decode(m, &mqa, o_lat, B, keys);
+    #pragma omp parallel for
+    for (int h = 0; h < NH; h++) {
+        const real *w_uv = m->w[l][KVB_W] + ((long)h * (NOPE + HS) + NOPE) * R;
+        matmul_few(element(out, 0, h), out.token, tokens_of(o_lat, 0, h), transposed(w_uv, R), B, HS, R, NULL, 0);
+    }
+}
+
+// --- What every kind shares: proj = c_proj(attention(norm))
+
+// Without a cache, or with an empty one, tokens see the tokens of this pass; after that, one token
+// per sequence sees all that are cached.
 static void attention_block_forward(Model *m, int l, Acts *acts, int B, int T) {
     const Config *c = &m->c;
-    int N = B * T, Q = c->NH * c->HS;
-    front_end_forward(m, l, acts, N, T, 0);
+    int N = B * T, Q = c->NH * c->HS, first = m->cache ? m->cache->used : 0, mode = m->cache ? m->cache->mode : CACHE_FULL;
+    if (c->attention == MLA) mla_forward(m, l, acts, N, first == 0 || mode == CACHE_FULL);  // [ATTENTION 2]
+    else qkv_forward(m, l, acts, N);
     Heads a = heads_of(m, acts);
-    attention_forward(m, &a, (View){acts->att, Q, c->HS}, acts->lse, B, T);
+    View out = {acts->att, Q, c->HS};
+    rope_heads(m, &a, N, T, first, 1);
+    if (m->cache) cache_append(m, l, acts, B, T);
+    if (first == 0) attention_forward(m, &a, out, acts->lse, B, T);
+    else if (mode == CACHE_LATENT) decode_latent(m, l, acts, out, B, first + 1);
+    else if (mode == CACHE_ABSORBED) decode_absorbed(m, l, acts, out, B, first + 1);
+    else {
+        Heads cached = cache_heads(m, l);
+        cached.q = a.q;
+        attention_decode(m, &cached, out, B, first + 1);
+    }
     linear_forward(m->proj, acts->att, m->w[l][APROJ_W], m->w[l][APROJ_B], N, Q, c->C);
 }
 
@@ -1067,7 +1291,7 @@ static void attention_block_backward(Model *m, int l, Acts *acts, const real *d_
             element(d.k_rope, t, 0)[i] = sum;
         }
     rope_heads(m, &d, N, T, 0, -1);
-    if (c->attention == MLA) mla_backward(m, l, acts, N);
+    if (c->attention == MLA) mla_backward(m, l, acts, N);  // [ATTENTION 2]
     else qkv_backward(m, l, N);
 }
 
@@ -1115,13 +1339,13 @@ static void place_acts(Model *m, Arena *arena, int T, int training) {
 // Memory for the activations of up to B sequences of T tokens.
 static void model_reserve(Model *m, int B, int T, int training) {
     m->max_N = B * T;
-    m->head_rows = min_int(m->max_N, max_int(256, (1 << 20) / m->c.V));  // 4 MB of logits, or 256 rows
+    m->head_rows = min_int(m->max_N, max_int(max_int(B, 256), (1 << 20) / m->c.V));  // 4 MB of logits, or 256 rows
     m->acts = allocate(sizeof(Acts) * (training ? m->c.L : 1), "activations");
     Arena arena = {0};
     place_acts(m, &arena, T, training);
-    m->act_memory = arena.base = allocate(arena.used * sizeof(real), "activations");
-    arena.used = 0;
+    arena_allocate(&arena, "activations");
     place_acts(m, &arena, T, training);
+    m->act_memory = arena.base;
 }
 
 static void model_free(Model *m) {
@@ -1144,14 +1368,14 @@ static void embedding_forward(Model *m, real *x, const int *tokens, int N, int T
 
 // dwte[token] += dx, dwpe[position] += dx. Tokens repeat, so threads share out the columns.
 static void embedding_backward(Model *m, const int *tokens, int N, int T) {
-    enum { COLUMNS = 16 };
+    enum { OWN = 16 };  // columns to a thread's piece
     int C = m->c.C;
     const real *dx = residual_backward(m, m->d_proj, m->d.x, (long)N * C, 0);
     real *dwte = m->g[0][WTE], *dwpe = m->g[0][WPE];
     #pragma omp parallel for
-    for (int i0 = 0; i0 < C; i0 += COLUMNS)
+    for (int i0 = 0; i0 < C; i0 += OWN)
         for (long n = 0; n < N; n++)
-            for (int i = i0; i < min_int(C, i0 + COLUMNS); i++) {
+            for (int i = i0; i < min_int(C, i0 + OWN); i++) {
                 dwte[(long)tokens[n] * C + i] += dx[n * C + i];
                 if (dwpe) dwpe[(n % T) * C + i] += dx[n * C + i];
             }
@@ -1195,14 +1419,16 @@ static void block_backward(Model *m, int l, Acts *acts, int B, int T) {
 }
 
 // The final residual stream x_final (N, C) of B sequences of T tokens. When training, each
-// layer keeps its own acts; else all use the same, and the stream goes round in its x.
+// layer keeps its own acts; else all use the same, and the stream goes round in its x. With a
+// cache, the tokens continue those that it holds.
 static void forward(Model *m, const int *tokens, int B, int T, int training) {
-    embedding_forward(m, m->acts[0].x, tokens, B * T, T, 0);
+    embedding_forward(m, m->acts[0].x, tokens, B * T, T, m->cache ? m->cache->used : 0);
     for (int l = 0; l < m->c.L; l++) {
         Acts *acts = &m->acts[training ? l : 0];
         real *y = l == m->c.L - 1 ? m->x_final : training ? m->acts[l + 1].x : acts->x;
         block_forward(m, l, acts, y, B, T);
     }
+    if (m->cache) m->cache->used += T;
 }
 
 // --- Head and loss: logits = LN(x_final) wte', loss = -log softmax(logits)[target] (9),
@@ -1415,19 +1641,46 @@ static void data_own_text(Data *train, Data *val) {
     free(all);
 }
 
-// --- Tokenizer: llm.c's format, which only decodes (256 uint32: 20240328, version, vocabulary,
-//     end of text; then for each token a length byte and its bytes). Without a file tokens are bytes.
+// --- Tokenizer: llm.c's format (256 uint32: 20240328, version, vocabulary, end of text; then for
+//     each token a length byte and its bytes). Without a file tokens are bytes.
 
 typedef struct {
     int V, eot;             // eot: the token that samples start from
     unsigned char *bytes;   // those of token t are bytes[start[t]] .. bytes[start[t+1] - 1]
     size_t *start;
+    int *table, mask;       // hash table from bytes to token, -1: empty; its size less one
 } Tokenizer;
+
+static int token_length(const Tokenizer *t, int token) { return t->start[token + 1] - t->start[token]; }
+
+// Where the table has the token with these bytes, or the free place where it belongs.
+static int *tokenizer_place(const Tokenizer *t, const unsigned char *bytes, int n) {
+    uint32_t hash = 2166136261u;  // FNV-1a
+    for (int i = 0; i < n; i++) hash = (hash ^ bytes[i]) * 16777619u;
+    for (uint32_t i = hash & t->mask;; i = (i + 1) & t->mask) {
+        int token = t->table[i];
+        if (token == -1 || (token_length(t, token) == n && !memcmp(t->bytes + t->start[token], bytes, n))) return &t->table[i];
+    }
+}
+
+// Of tokens with the same bytes the first counts. Text never becomes <|endoftext|>, nor "".
+static void tokenizer_index(Tokenizer *t) {
+    int size = 1;
+    while (size < 2 * t->V + 2) size *= 2;
+    t->mask = size - 1;
+    t->table = allocate(size * sizeof(int), "tokenizer");
+    for (int i = 0; i < size; i++) t->table[i] = -1;
+    for (int i = 0; i < t->V; i++) {
+        int n = token_length(t, i), *place = tokenizer_place(t, t->bytes + t->start[i], n);
+        if (*place == -1 && n && (i != t->eot || n == 1)) *place = i;
+    }
+}
 
 static Tokenizer tokenizer_bytes(void) {
     Tokenizer t = {.V = 256, .eot = '\n', .bytes = allocate(256, "tokenizer")};
     t.start = allocate(257 * sizeof(size_t), "tokenizer");
     for (int i = 0; i < 256; i++) t.bytes[i] = i, t.start[i + 1] = i + 1;
+    tokenizer_index(&t);
     return t;
 }
 
@@ -1454,10 +1707,11 @@ static Tokenizer tokenizer_load(const char *path) {
         at += 1 + length;
     }
     if (at != size) fail(1, "%s: %zu bytes after its last token", path, size - at);
+    tokenizer_index(&t);
     return t;
 }
 
-static int token_length(const Tokenizer *t, int token) { return t->start[token + 1] - t->start[token]; }
+static void tokenizer_free(Tokenizer *t) { free(t->bytes), free(t->start), free(t->table); }
 
 // Writes a token's bytes, without control characters that could upset a terminal.
 static void print_token(const Tokenizer *t, int token) {
@@ -1465,6 +1719,67 @@ static void print_token(const Tokenizer *t, int token) {
         unsigned char c = t->bytes[i];
         if (c >= 32 ? c != 127 : c == '\n' || c == '\t') putchar(c);
     }
+}
+
+// --- Encoding a text: byte-pair encoding, whose merges need no list of their own, since tokens are
+//     numbered in the order in which their merges were learned: of all adjacent pairs whose joined
+//     bytes are a token, the one with the lowest number merges first
+
+enum { LETTER, DIGIT, SPACE, OTHER };
+
+static int character_class(unsigned char c) {  // bytes beyond ASCII are taken for letters
+    if ((c | 32) >= 'a' ? (c | 32) <= 'z' || c >= 128 : 0) return LETTER;
+    return c >= '0' && c <= '9' ? DIGIT : c == ' ' || (c >= '\t' && c <= '\r') ? SPACE : OTHER;
+}
+
+// The length of the first piece of a text of n bytes: tokens never cross from one piece to the next.
+// GPT-2's rule: 's 't 're 've 'm 'll 'd; else a run of letters, of digits, or of other characters,
+// with a space before it if there is one; else white space, which leaves its last character to a
+// word that follows.
+static long first_piece(const unsigned char *text, long n) {
+    static const char *const endings[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
+    for (int i = 0; i < 7; i++) {
+        long length = strlen(endings[i]);
+        if (length <= n && !memcmp(text, endings[i], length)) return length;
+    }
+    long at = text[0] == ' ' && n > 1, end;
+    int class = character_class(text[at]);
+    if (class == SPACE) class = character_class(text[at = 0]);
+    for (end = at; end < n && character_class(text[end]) == class; end++) {}
+    return class == SPACE && end < n && end > 1 ? end - 1 : end;
+}
+
+// Tokens of a text of n bytes into out, which has room for n; returns how many.
+static long encode(const Tokenizer *t, const unsigned char *text, long n, int *out) {
+    long count = 0, longest = 0, length;
+    for (long at = 0; at < n; at += length) if ((length = first_piece(text + at, n - at)) > longest) longest = length;
+    // A piece is cut at start[0] = 0 < start[1] < ...; merged[i] is the token that parts i and i+1
+    // would make, or V if none.
+    int *start = allocate((2 * longest + 2) * sizeof(int), "prompt"), *merged = start + longest + 1;
+    for (long at = 0; at < n; at += length) {
+        const unsigned char *piece = text + at;
+        int parts = length = first_piece(piece, n - at);
+        for (int i = 0; i <= parts; i++) start[i] = i;
+        for (int changed = 0, all = 1;; all = 0) {
+            for (int i = all ? 0 : max_int(0, changed - 1); i < parts - 1 && (all || i <= changed); i++) {
+                int token = *tokenizer_place(t, piece + start[i], start[i + 2] - start[i]);
+                merged[i] = token == -1 ? t->V : token;
+            }
+            int best = 0;
+            for (int i = 1; i < parts - 1; i++) if (merged[i] < merged[best]) best = i;
+            if (parts < 2 || merged[best] == t->V) break;
+            memmove(start + best + 1, start + best + 2, (parts - best - 1) * sizeof(int));
+            memmove(merged + best, merged + best + 1, (parts - best - 2) * sizeof(int));
+            parts--, changed = best;
+        }
+        for (int i = 0; i < parts; i++) {
+            int token = *tokenizer_place(t, piece + start[i], start[i + 1] - start[i]);
+            if (token == -1) fail(1, "prompt: byte %d at place %ld is not in the vocabulary", piece[start[i]], at + start[i]);
+            out[count++] = token;
+        }
+    }
+    free(start);
+    return count;
 }
 
 // --- Batches
@@ -1850,52 +2165,177 @@ static void checkpoint_read_model(const Checkpoint *k, Model *m, int moments) {
 }
 
 // ============================================================================================
-// 11  TRAINING
+// 11  DECODING
 // ============================================================================================
 
-// What the command line sets; config holds -1 where it says nothing.
-typedef struct {
-    Config config;
-    const char *train_data, *val_data, *tokenizer, *log, *save, *load;
-    int order, schedule, batch_size, seq_len, grad_accum, val_every, val_batches, sample_every, eval, help;
-    long steps, warmup, seed;
-    double learning_rate, min_lr, grad_clip, dropout;
-    AdamW adam;
-} Options;
+static void place_cache(const Model *m, Cache *cache, Arena *arena) {
+    const Config *c = &m->c;
+    size_t B = cache->B, NH = c->NH, chunks = (cache->capacity + CHUNK - 1) / CHUNK;
+    cache->layers = take(arena, cache->layer_size * c->L);
+    cache->parts = take(arena, B * NH * chunks * (max_int(c->HS, c->R) + 2));
+    cache->scores = take(arena, (size_t)omp_get_max_threads() * NH * CHUNK);
+    cache->q_lat = take(arena, cache->mode == CACHE_ABSORBED ? B * NH * (c->R + c->HS - c->NOPE) : 0);
+    cache->o_lat = take(arena, cache->mode == CACHE_ABSORBED ? B * NH * c->R : 0);
+    cache->kv = take(arena, cache->mode == CACHE_LATENT ? cache->capacity * NH * (c->NOPE + c->HS) : 0);
+}
 
-// One token from the distribution softmax(logits / temperature) over the top_k likeliest
-// (0: all); temperature 0 takes the likeliest. u in (0, 1) decides. Overwrites logits.
-static int sample_token(real *logits, int V, double temperature, double u) {
+// Everything that decoding B sequences of up to `capacity` tokens will need: no step allocates.
+static Cache *cache_create(const Model *m, int mode, int B, int capacity) {
+    Cache *cache = allocate(sizeof *cache, "cache");
+    *cache = (Cache){.mode = mode, .B = B, .capacity = capacity};
+    cache->layer_size = (size_t)cache_floats(&m->c, mode) / m->c.L * B * capacity;
+    Arena arena = {0};
+    place_cache(m, cache, &arena);
+    arena_allocate(&arena, "KV cache");
+    place_cache(m, cache, &arena);
+    return cache;
+}
+
+static void cache_free(Cache *cache) {
+    free(cache->layers);  // the first piece of its arena
+    free(cache);
+}
+
+// Logits (B, V) of what follows the last of T more tokens of each sequence. With an empty cache T
+// is free, the prompt's length; after that it is 1.
+static real *decode(Model *m, const int *tokens, int B, int T) {
+    int C = m->c.C;
+    forward(m, tokens, B, T, 0);
+    norm_forward(m->norm, m->x_final + (long)(T - 1) * C, (long)T * C, m->w[0][LNF_W], m->w[0][LNF_B], B, C, LAYERNORM);
+    head_forward(m, m->logits, m->norm, B);
+    return m->logits;
+}
+
+// The k-th largest of n numbers, k from 0, by Hoare's FIND. Reorders x.
+static real kth_largest(real *x, int n, int k) {
+    for (int low = 0, high = n - 1; low < high;) {
+        real pivot = x[low + (high - low) / 2];
+        int i = low, j = high;
+        while (i <= j) {
+            while (x[i] > pivot) i++;
+            while (x[j] < pivot) j--;
+            if (i > j) break;
+            real t = x[i];
+            x[i++] = x[j], x[j--] = t;
+        }
+        if (k <= j) high = j;
+        else if (k >= i) low = i;
+        else break;
+    }
+    return x[k];
+}
+
+typedef struct {
+    double temperature;
+    int top_k;
+} Sampling;
+
+// One token from the distribution softmax(logits / temperature) over the top_k likeliest (0: all);
+// temperature 0 takes the likeliest. u in (0, 1) decides. Overwrites logits; scratch (V).
+static int sample_token(real *logits, real *scratch, int V, const Sampling *how, double u) {
     int best = 0;
     for (int v = 1; v < V; v++) if (logits[v] > logits[best]) best = v;
-    if (temperature == 0) return best;
-    real max = logits[best];
+    if (how->temperature == 0) return best;
+    real max = logits[best], least = -INFINITY;
+    if (how->top_k && how->top_k < V) {
+        memcpy(scratch, logits, V * sizeof(real));
+        least = kth_largest(scratch, V, how->top_k - 1);
+    }
     double sum = 0, running = 0;
-    for (int v = 0; v < V; v++) sum += logits[v] = exp((logits[v] - max) / temperature);
+    for (int v = 0; v < V; v++) sum += logits[v] = logits[v] < least ? 0 : exp((logits[v] - max) / how->temperature);
     for (int v = 0; v < V; v++)
         if ((running += logits[v]) > u * sum) return v;
     return best;
 }
 
-// Prints n tokens that follow an end-of-text token.
-static void print_sample(Model *m, const Tokenizer *tokenizer, int T, int n, uint64_t seed, long step) {
-    int *window = allocate(T * sizeof(int), "sample"), filled = 1;
+typedef struct {
+    int tokens;                        // generated for each sequence
+    double prompt_seconds, seconds;    // reading the prompt, making the rest
+} Generation;
+
+// Continues the prompt, n_prompt tokens, by n tokens in each of cache->B sequences; the cache must
+// have room for all but the last. Token i of sequence b goes to out[b*n + i] if there is an out, and those of
+// sequence 0 are printed as they come if there is a tokenizer.
+static Generation generate(Model *m, Cache *cache, const int *prompt, int n_prompt, int n, const Sampling *how, uint64_t key,
+                           const Tokenizer *tokenizer, int *out) {
+    int B = cache->B, V = m->c.V;
+    int *tokens = allocate(sizeof(int) * B * n_prompt, "prompt");
+    real *scratch = allocate(sizeof(real) * V, "sampling");
     float dropout = m->dropout;
-    m->dropout = 0;
-    window[0] = min_int(tokenizer->eot, m->c.V - 1);
+    Generation g = {0};
+    for (int b = 0; b < B; b++) memcpy(tokens + (long)b * n_prompt, prompt, n_prompt * sizeof(int));
+    cache->used = 0, m->cache = cache, m->dropout = 0;
+    double start = seconds();
+    real *logits = decode(m, tokens, B, n_prompt);
+    g.prompt_seconds = seconds() - start;
     for (int i = 0; i < n; i++) {
-        forward(m, window, 1, filled, 0);
-        norm_forward(m->norm, m->x_final, m->c.C, m->w[0][LNF_W], m->w[0][LNF_B], filled, m->c.C, LAYERNORM);
-        head_forward(m, m->logits, m->norm + (long)(filled - 1) * m->c.C, 1);
-        int token = sample_token(m->logits, m->c.V, 0.8, random_uniform(random_stream(seed, STREAM_SAMPLE, step), i));
-        if (filled == T) memmove(window, window + 1, --filled * sizeof(int));
-        window[filled++] = token;
-        if (token < tokenizer->V) print_token(tokenizer, token);
-        fflush(stdout);
+        for (int b = 0; b < B; b++) {
+            tokens[b] = sample_token(logits + (long)b * V, scratch, V, how, random_uniform(random_stream(key, STREAM_SAMPLE, b), i));
+            if (out) out[(long)b * n + i] = tokens[b];
+        }
+        g.tokens++;
+        if (tokenizer) {
+            if (tokens[0] < tokenizer->V) print_token(tokenizer, tokens[0]);
+            fflush(stdout);
+        }
+        if (i + 1 < n) logits = decode(m, tokens, B, 1);
     }
-    m->dropout = dropout;
-    free(window);
-    printf("\n");
+    g.seconds = seconds() - start - g.prompt_seconds;
+    m->cache = NULL, m->dropout = dropout;
+    free(tokens), free(scratch);
+    return g;
+}
+
+// ============================================================================================
+// 12  TRAINING
+// ============================================================================================
+
+// What the command line sets; config holds -1 where it says nothing.
+typedef struct {
+    Config config;
+    const char *train_data, *val_data, *tokenizer, *log, *save, *load, *prompt;
+    int order, schedule, batch_size, seq_len, grad_accum, val_every, val_batches, sample_every, eval, help;
+    int generate, top_k, cache;
+    long steps, warmup, seed;
+    double learning_rate, min_lr, grad_clip, dropout, temperature;
+    AdamW adam;
+} Options;
+
+// The command --generate: the prompt, its continuation, and what that cost.
+static void generate_command(Model *m, const Options *o, const Tokenizer *tokenizer) {
+    const Config *c = &m->c;
+    const char *text = o->prompt ? o->prompt : "";
+    int mode = o->cache == -1 ? cache_mode(c) : o->cache, B = o->batch_size;
+    if (mode != CACHE_FULL && c->attention != MLA)
+        fail(2, "--cache %s: attention %s has no latent, its cache is full", cache_names[mode], attention_names[c->attention]);
+    int *prompt = allocate((strlen(text) + 1) * sizeof(int), "prompt");
+    long n_prompt = encode(tokenizer, (const unsigned char *)text, strlen(text), prompt);
+    if (n_prompt == 0) prompt[n_prompt++] = tokenizer->eot;
+    if (n_prompt > c->block_size) fail(1, "--prompt: %ld tokens, the model's block size is %d", n_prompt, c->block_size);
+    int capacity = o->generate < c->block_size - n_prompt ? n_prompt + o->generate : c->block_size;
+    int n = min_int(o->generate, capacity - n_prompt + 1);
+    int *out = allocate(sizeof(int) * B * (n + 1), "generated tokens");
+
+    model_reserve(m, B, n_prompt, 0);
+    Cache *cache = cache_create(m, mode, B, capacity);
+    Sampling how = {o->temperature, o->top_k};
+    printf("%s", text);
+    fflush(stdout);
+    Generation g = generate(m, cache, prompt, n_prompt, n, &how, o->seed, tokenizer, out);
+    for (int b = 1; b < B; b++) {
+        printf("\n--- %d\n%s", b + 1, text);
+        for (int i = 0; i < g.tokens; i++)
+            if (out[(long)b * n + i] < tokenizer->V) print_token(tokenizer, out[(long)b * n + i]);
+    }
+    if (n < o->generate) printf("\n[stopped: the model's block size, %d tokens, is full]", c->block_size);
+    long floats = cache_floats(c, mode), mha = 2L * c->L * c->C;
+    double tokens = (double)B * capacity, MB = sizeof(real) / 1e6;
+    printf("\n\nprompt %ld tokens x %d, %.0f tok/s | decoded %d tokens x %d, %.0f tok/s\n", n_prompt, B, n_prompt * B / g.prompt_seconds,
+           g.tokens, B, g.tokens > 1 ? (g.tokens - 1) * B / g.seconds : 0.0);
+    printf("cache %s: %ld floats per token, %.2f MB in all | MHA: %ld floats per token, %.2f MB in all\n", cache_names[mode], floats,
+           floats * tokens * MB, mha, mha * tokens * MB);
+    cache_free(cache);
+    free(prompt), free(out);
 }
 
 typedef struct {
@@ -1950,6 +2390,9 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
     int *x = allocate(2 * sizeof(int) * B * T, "batch"), *y = x + B * T;
     Schedule schedule = {o->schedule, o->steps, o->warmup, o->learning_rate, o->min_lr};
     RunState state = {.seed = o->seed};
+    Cache *cache = o->sample_every && o->steps ? cache_create(m, cache_mode(&m->c), 1, T) : NULL;  // for samples
+    Sampling how = {o->temperature, o->top_k};
+    int start_token = min_int(tokenizer->eot, m->c.V - 1);
     FILE *log = o->log ? fopen(o->log, "w") : NULL;
     if (o->log && !log) fail(1, "%s: cannot write: %s", o->log, strerror(errno));
     if (log) fprintf(log, "step,loss,lr,grad_norm,val_loss,tok_per_s,seconds\n");
@@ -1982,7 +2425,10 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
             printf("val  %ld/%ld | ", step + 1, o->steps);
             print_evaluation(&e);
         }
-        if (sample && o->sample_every) print_sample(m, tokenizer, T, 200, o->seed, step);
+        if (sample && cache) {
+            generate(m, cache, &start_token, 1, min_int(200, cache->capacity), &how, random_stream(o->seed, STREAM_SAMPLE, step), tokenizer, NULL);
+            printf("\n");
+        }
         if (log) {
             fprintf(log, "%ld,%.6f,%.6e,%.6f,", step + 1, loss, lr, norm);
             if (validate) fprintf(log, "%.6f", e.loss);
@@ -2000,17 +2446,18 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
         printf("saved %s\n", o->save);
     }
     if (log) fclose(log);
+    if (cache) cache_free(cache);
     free(x);
 }
 
 // ============================================================================================
-// 12  COMMAND LINE
+// 13  COMMAND LINE
 // ============================================================================================
 
 static Options opt = {
     .config = {.attention = -1, .position = -1, .latent_norm = -1, .L = -1, .NH = -1, .NKV = -1, .C = -1,
                .block_size = -1, .V = -1, .RQ = -1, .R = -1, .RD = -1},
-    .seq_len = -1, .batch_size = 8, .grad_accum = 1, .steps = 4000, .learning_rate = 4e-3, .warmup = -1, .min_lr = -1,
+    .seq_len = -1, .batch_size = -1, .generate = -1, .temperature = 0.8, .cache = -1, .grad_accum = 1, .steps = 4000, .learning_rate = 4e-3, .warmup = -1, .min_lr = -1,
     .grad_clip = 1, .seed = 1337, .val_every = 500, .val_batches = 20, .sample_every = 1000,
     .adam = {.beta1 = 0.9, .beta2 = 0.99, .eps = 1e-8, .weight_decay = 0.1},
 };
@@ -2047,7 +2494,7 @@ static Option options[] = {
     {"--tokenizer", TEXT, &opt.tokenizer, .help = "its file (data/tinyshakespeare_tokenizer.bin with that data; else bytes)"},
     {"--order", CHOICE, &opt.order, .choices = order_names, .help = "batches at random or sequential places (random)"},
     {"training", .help = NULL},
-    {"--batch-size", INT, &opt.batch_size, 1, 65536, .help = "sequences in a micro-batch (8)"},
+    {"--batch-size", INT, &opt.batch_size, 1, 65536, .help = "sequences in a micro-batch (8); or to generate side by side (1)"},
     {"--seq-len", INT, &opt.seq_len, 1, 1 << 24, .help = "tokens in a sequence; a new model's block size (128, or the loaded model's)"},
     {"--steps", LONG, &opt.steps, 0, 1e12, .help = "updates; 0 with --save writes the initial model (4000)"},
     {"--grad-accum", INT, &opt.grad_accum, 1, 65536, .help = "micro-batches per update (1)"},
@@ -2072,6 +2519,11 @@ static Option options[] = {
     {"--load", TEXT, &opt.load, .help = "checkpoint to start from"},
     {"modes (default: train)", .help = NULL},
     {"--eval", FLAG, &opt.eval, .help = "loss of the model --load over all validation data"},
+    {"--generate", INT, &opt.generate, 0, 1 << 24, .help = "tokens to generate with the model --load, after a prompt"},
+    {"--prompt", TEXT, &opt.prompt, .help = "its text (empty: starts from the end-of-text token)"},
+    {"--temperature", DOUBLE, &opt.temperature, 0, 1e3, .help = "of samples; 0 takes the likeliest token (0.8)"},
+    {"--top-k", INT, &opt.top_k, 0, 65536, .help = "samples come from that many likeliest tokens, 0 for all (0)"},
+    {"--cache", CHOICE, &opt.cache, .choices = cache_names, .help = "mla: full, latent or absorbed (absorbed)"},
     {"--help", FLAG, &opt.help, .help = "this text"},
 };
 enum { N_OPTIONS = sizeof options / sizeof *options };
@@ -2088,7 +2540,7 @@ static void option_set(Option *o, const char *text) {
     char *end;
     errno = 0;
     if (o->kind == TEXT) {
-        if (!*text) fail(2, "%s: empty, expected a file name", o->name);
+        if (!*text && o->at != &opt.prompt) fail(2, "%s: empty, expected a file name", o->name);
         *(const char **)o->at = text;
     } else if (o->kind == CHOICE) {
         int i = 0;
@@ -2138,7 +2590,7 @@ static void check_data(const Data *d, const Model *m, long needed) {
 
 static void print_model(const Model *m) {
     const Config *c = &m->c;
-    long cache = cache_floats(c), mha = 2L * c->L * c->C;
+    long cache = cache_floats(c, cache_mode(c)), mha = 2L * c->L * c->C;
     printf("%s, position %s: %d layers, %d heads, %d channels, vocabulary %d, block size %d", attention_names[c->attention],
            position_names[c->position], c->L, c->NH, c->C, c->V, c->block_size);
     if (c->attention == GQA) printf(", %d kv heads", c->NKV);
@@ -2152,33 +2604,39 @@ int main(int argc, char **argv) {
     parse_options(argc, argv);
     if (opt.help) return print_help(), 0;
     Config *c = &opt.config;
-    if (opt.eval && !opt.load) fail(2, "--eval: expected --load FILE too");
+    int generating = opt.generate >= 0, training = !opt.eval && !generating;
+    if (!training && !opt.load) fail(2, "%s: expected --load FILE too", opt.eval ? "--eval" : "--generate");
+    if (opt.eval && generating) fail(2, "--eval and --generate: expected one of them");
+    if (opt.prompt && !generating) fail(2, "--prompt: expected --generate N too");
+    if (training && opt.val_data && !opt.train_data) fail(2, "--val-data: expected --train-data FILE too");
+    if (opt.batch_size == -1) opt.batch_size = generating ? 1 : 8;
 
     // Data: what was named, else tinyshakespeare if prepared, else this repository's own text.
-    static const char prepared[] = "data/tinyshakespeare_train.bin";
+    static const char prepared[] = "data/tinyshakespeare_train.bin", vocabulary[] = "data/tinyshakespeare_tokenizer.bin";
     Data train_data = {0}, val_data = {0};
-    Tokenizer tokenizer = tokenizer_bytes();
-    if (opt.train_data || opt.val_data) {
-        if (!opt.train_data && !opt.eval) fail(2, "--val-data: expected --train-data FILE too");
-    } else if (!access(prepared, R_OK)) {
+    if (!opt.train_data && !opt.val_data && !access(prepared, R_OK)) {
         opt.train_data = prepared, opt.val_data = "data/tinyshakespeare_val.bin";
-        if (!opt.tokenizer) opt.tokenizer = "data/tinyshakespeare_tokenizer.bin";
-    } else {
-        data_own_text(&train_data, &val_data);
-        printf("No data prepared: training on this repository's own text, byte by byte. For Shakespeare: make shakespeare\n");
+        if (!opt.tokenizer && !access(vocabulary, R_OK)) opt.tokenizer = vocabulary;
     }
-    if (opt.train_data && !opt.eval) train_data = data_load(opt.train_data);
-    if (opt.val_data) val_data = data_load(opt.val_data);
-    if (opt.tokenizer) tokenizer = tokenizer_load(opt.tokenizer);
+    Tokenizer tokenizer = opt.tokenizer ? tokenizer_load(opt.tokenizer) : tokenizer_bytes();
+    if (generating) {
+    } else if (!opt.train_data && !opt.val_data) {
+        printf("No data prepared: using this repository's own text, byte by byte. For Shakespeare: make shakespeare\n");
+        data_own_text(&train_data, &val_data);
+    } else {
+        if (training) train_data = data_load(opt.train_data);
+        if (opt.val_data) val_data = data_load(opt.val_data);
+        else if (opt.eval) fail(2, "--eval: expected --val-data FILE too");
+    }
 
     // Model: loaded, or new.
     Model *m;
-    int training = !opt.eval && opt.steps > 0;
+    int B = opt.batch_size, updating = training && opt.steps > 0;
     if (opt.load) {
         Checkpoint checkpoint = checkpoint_open(opt.load);
         Config loaded = checkpoint_config(&checkpoint);
         check_against(&loaded, opt.load);
-        m = model_create(&loaded, training);
+        m = model_create(&loaded, updating);
         checkpoint_read_model(&checkpoint, m, 0);
         checkpoint_close(&checkpoint);
         if (opt.seq_len == -1) opt.seq_len = loaded.block_size;
@@ -2193,29 +2651,32 @@ int main(int argc, char **argv) {
         if (c->V == -1) c->V = opt.tokenizer ? tokenizer.V : max_int(train_data.largest, val_data.largest) < 256 ? 256 : 50257;
         c->block_size = opt.seq_len;
         config_complete(c, "options");
-        m = model_create(c, training);
+        m = model_create(c, updating);
         model_init(m, opt.seed);
     }
+    if (opt.tokenizer && tokenizer.V > m->c.V) fail(1, "%s: vocabulary %d, the model's is %d", opt.tokenizer, tokenizer.V, m->c.V);
+    if (!opt.tokenizer && generating && m->c.V > 256) fail(2, "--generate: expected --tokenizer FILE, the model's vocabulary is %d", m->c.V);
     if (opt.seq_len > m->c.block_size) fail(1, "--seq-len %d: the model's block size is %d", opt.seq_len, m->c.block_size);
     if (opt.min_lr < 0) opt.min_lr = opt.learning_rate / 10;
     if (opt.warmup < 0) opt.warmup = opt.schedule == CONSTANT ? 0 : opt.steps / 20;
-    m->dropout = opt.dropout;
+    if (val_data.n) check_data(&val_data, m, 2);
+    if (train_data.n) check_data(&train_data, m, opt.order == SEQUENTIAL ? (long)B * opt.seq_len + 1 : opt.seq_len + 1);
     print_model(m);
 
-    if (training || opt.eval) model_reserve(m, opt.batch_size, opt.seq_len, training);
-    if (val_data.n) check_data(&val_data, m, 2);
-    if (opt.eval) {
-        if (!val_data.n) fail(2, "--eval: expected --val-data FILE too");
-        Evaluation e = evaluate(m, &val_data, &tokenizer, opt.batch_size, opt.seq_len, 0);
+    if (generating) generate_command(m, &opt, &tokenizer);
+    else if (opt.eval) {
+        model_reserve(m, B, opt.seq_len, 0);
+        Evaluation e = evaluate(m, &val_data, &tokenizer, B, opt.seq_len, 0);
         print_evaluation(&e);
     } else {
-        if (training) {
-            check_data(&train_data, m, opt.order == SEQUENTIAL ? (long)opt.batch_size * opt.seq_len + 1 : opt.seq_len + 1);
+        m->dropout = opt.dropout;
+        if (updating) {
+            model_reserve(m, B, opt.seq_len, 1);
             printf("%ld tokens of %s, %d threads\n", train_data.n, train_data.path, omp_get_max_threads());
         }
         train(m, &opt, &train_data, val_data.n ? &val_data : NULL, &tokenizer);
     }
-    model_free(m);
+    model_free(m), tokenizer_free(&tokenizer), free(train_data.tokens), free(val_data.tokens);
     return 0;
 }
 #endif
