@@ -1,5 +1,6 @@
 # make             the trainer, ./train_gpt2_mla
 # make test        gradients, checkpoints and all else, with a C compiler alone
+# make decode-speed tokens per second of every kind of attention and cache, to dev/decode_speed.md
 # make shakespeare tinyshakespeare for the default run (needs Python and a network)
 # make sanitize    the tests again under address and undefined-behaviour sanitizers
 # make clean
@@ -15,42 +16,47 @@ LDLIBS  = -lm
 # Each of these is used if the compiler takes it.
 try = $(shell echo 'int main(void){return 0;}' | $(CC) $(1) -x c - -o /dev/null 2>/dev/null && echo '$(1)')
 ARCH ?= $(or $(call try,-march=native),$(call try,-mcpu=native))
+# Without OpenMP its `simd` lines still count, which need no library.
+NO_OMP = $(or $(call try,-fopenmp-simd -Wno-unknown-pragmas),-Wno-unknown-pragmas)
 BREW := $(shell brew --prefix libomp 2>/dev/null)
 ifneq ($(BREW),)  # macOS: Apple's clang, and OpenMP from Homebrew
 OMP ?= $(call try,-Xclang -fopenmp -I$(BREW)/include -L$(BREW)/lib -lomp)
 endif
-OMP ?= $(or $(call try,-fopenmp),-Wno-unknown-pragmas)
-ifeq ($(OMP),)
-override OMP = -Wno-unknown-pragmas
-endif
+OMP ?= $(call try,-fopenmp)
 
-# Evaluated once, not per recipe.
+# Evaluated once; kept in .flags, so that other flags build anew.
 ARCH := $(ARCH)
-OMP  := $(OMP)
-BUILD = $(CC) $(CFLAGS) $(ARCH)
+override OMP := $(or $(OMP),$(NO_OMP))
+BUILD := $(CC) $(CFLAGS) $(ARCH)
+$(shell echo '$(BUILD) $(OMP)' | cmp -s - .flags || echo '$(BUILD) $(OMP)' > .flags)
 
 all: train_gpt2_mla
 
-train_gpt2_mla: train_gpt2_mla.c
+train_gpt2_mla: train_gpt2_mla.c .flags
 	$(BUILD) $< -o $@ $(OMP) $(LDLIBS)
 
-test_mla: test_mla.c train_gpt2_mla.c
+test_mla: test_mla.c train_gpt2_mla.c .flags
 	$(BUILD) -Wno-unused-function $< -o $@ $(OMP) $(LDLIBS)
 
-test_mla_double: test_mla.c train_gpt2_mla.c
+test_mla_double: test_mla.c train_gpt2_mla.c .flags
 	$(BUILD) -Wno-unused-function -DREAL_DOUBLE $< -o $@ $(OMP) $(LDLIBS)
 
 test: test_mla test_mla_double
 	./test_mla
 
 sanitize:
-	$(MAKE) clean
 	$(MAKE) test train_gpt2_mla CFLAGS="-O1 -g -std=c11 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 shakespeare:
 	python3 prepro_tinyshakespeare.py
 
 clean:
-	rm -f train_gpt2_mla test_mla test_mla_double
+	rm -f train_gpt2_mla test_mla test_mla_double decode_speed .flags
 
-.PHONY: all test sanitize shakespeare clean
+decode_speed: dev/decode_speed.c train_gpt2_mla.c .flags
+	$(BUILD) -Wno-unused-function $< -o $@ $(OMP) $(LDLIBS)
+
+decode-speed: decode_speed
+	./decode_speed | tee dev/decode_speed.md
+
+.PHONY: decode-speed all test sanitize shakespeare clean

@@ -122,20 +122,54 @@ static void test_exp(void) {
     check("largest", "at every place of rows up to 50", wrong == 0);
 }
 
-// --- Reference dumps, and finite differences on the same models
+// --- Models to test on
+
+// A small model of any kind, its parameters far enough from their start that every gradient counts.
+static Model *small_model(int attention, int position, int norm, int RQ, int B, int T) {
+    Config c = {.attention = attention, .position = position, .latent_norm = norm, .L = 2, .NH = 4, .NKV = -1, .C = 24,
+                .block_size = T, .V = 50, .RQ = RQ, .R = -1, .RD = -1};
+    config_complete(&c, 1, "test");
+    Model *m = model_create(&c, 1);
+    model_init(m, 5);
+    for (size_t i = 0; i < m->block; i++) m->params[i] += (real)(0.2 * random_normal(6, i));
+    model_reserve(m, B, T, 1);
+    return m;
+}
+
+static void random_tokens(int *x, int n, int V) {
+    for (int i = 0; i < n; i++) x[i] = random_bits(8, i) % V;
+}
+
+static void clear_gradients(Model *m) { memset(m->grads, 0, m->block * sizeof(real)); }
+
+// --- Reference dumps
 
 typedef struct {
     Model *m;
     Checkpoint file;
-    int B, T, *x, *y;
+    int B, T, *x, *y, complete;  // complete: the dump has all of the model's tensors
 } Case;
+
+// The dump's parameters. A tensor that it lacks, one of your own, keeps its initial value.
+static void read_dump(Case *c) {
+    int found = 0, there = 0;
+    model_init(c->m, 1);
+    for (Tensor *t = c->m->tensors; t < c->m->tensors + c->m->n_tensors; t++) {
+        if (!checkpoint_find(&c->file, t->name)) { printf("note: no %s in %s\n", t->name, c->file.path); continue; }
+        checkpoint_read(&c->file, t->name, c->m->params + t->offset, t->rows, t->cols);
+        found++;
+    }
+    for (int i = 0; i < c->file.n; i++) there += !foreign(c->file.entries[i].name);
+    check(c->file.path, "every tensor has its place in the model", found == there);
+    c->complete = found == c->m->n_tensors;
+}
 
 static Case case_open(const char *path) {
     Case c = {.file = checkpoint_open(path)};
     Config config = checkpoint_config(&c.file);
     const Entry *tokens = checkpoint_find(&c.file, "ref.tokens");
     c.m = model_create(&config, 1);
-    checkpoint_read_model(&c.file, c.m, 0);
+    read_dump(&c);
     c.B = tokens->shape[0], c.T = tokens->shape[1] - 1;
     model_reserve(c.m, c.B, c.T, 1);
     c.m->head_rows = 64;  // so that the loss comes in several slices, the last one short
@@ -156,8 +190,6 @@ static void case_close(Case *c) {
     model_free(c->m);
     free(c->x);
 }
-
-static void clear_gradients(Model *m) { memset(m->grads, 0, m->block * sizeof(real)); }
 
 static double meta_number(const Checkpoint *file, const char *key) {
     const char *value = checkpoint_meta(file, key);
@@ -187,17 +219,19 @@ static void test_dump(const char *path) {
     check_below(path, "loss without gradients", fabs(alone / loss_ref - 1), DUMP / 10);
     for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
         snprintf(name, sizeof name, "ref.grad.%s", t->name);
+        if (!checkpoint_find(&c.file, t->name)) continue;
         checkpoint_read(&c.file, name, g_ref, t->rows, t->cols);
         check_below(path, name, relative_error(m->grads + t->offset, g_ref, t->size), DUMP);
     }
 
     clear_gradients(m);
+    int steps = c.complete ? 10 : 0;  // tensors of your own would train along
     checkpoint_read(&c.file, "ref.losses", losses, 10, 0);
     checkpoint_read(&c.file, "ref.norms", norms, 10, 0);
     AdamW adam = {meta_number(&c.file, "ref.beta1"), meta_number(&c.file, "ref.beta2"), meta_number(&c.file, "ref.eps"),
                   meta_number(&c.file, "ref.weight_decay")};
     double lr = meta_number(&c.file, "ref.learning_rate"), clip = meta_number(&c.file, "ref.grad_clip");
-    for (int step = 0; step < 10; step++) {
+    for (int step = 0; step < steps; step++) {
         snprintf(name, sizeof name, "after %d AdamW steps", step);
         loss = forward_backward(m, c.x, c.y, c.B, c.T, 1);
         double norm = gradient_norm(m);
@@ -209,45 +243,6 @@ static void test_dump(const char *path) {
     case_close(&c);
 }
 
-#ifdef REAL_DOUBLE
-// d/dh loss(w + h u) at 0, against <gradient, u>: u is the gradient's own direction plus a random
-// one, so that no element is left out. Central differences of fourth order with h = 1e-4: truncation
-// and rounding both stay far below the bound.
-static void test_finite_differences(const char *path, float dropout) {
-    static const double at[] = {1, -1, 2, -2}, weight[] = {8, -8, -1, 1};
-    const double h = 1e-4;
-    Case c = case_open(path);
-    Model *m = c.m;
-    m->dropout = dropout, m->dropout_key = 99;
-    forward_backward(m, c.x, c.y, c.B, c.T, 1);
-    for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
-        real *w = m->params + t->offset, *g = m->grads + t->offset;
-        double *u = allocate(t->size * sizeof(double), path), *w0 = allocate(t->size * sizeof(double), path);
-        double norm = 0, along = 0, slope = 0;
-        for (size_t i = 0; i < t->size; i++) norm += g[i] * g[i];
-        norm = sqrt(norm);
-        for (size_t i = 0; i < t->size; i++) {
-            u[i] = g[i] / norm + random_normal(7, i) / sqrt(t->size);
-            along += g[i] * u[i];
-            w0[i] = w[i];
-        }
-        for (int k = 0; k < 4; k++) {
-            for (size_t i = 0; i < t->size; i++) w[i] = w0[i] + h * at[k] * u[i];
-            slope += weight[k] * forward_loss(m, c.x, c.y, c.B, c.T) / (c.B * c.T) / (12 * h);
-        }
-        for (size_t i = 0; i < t->size; i++) w[i] = w0[i];
-        char what[200];
-        snprintf(what, sizeof what, "%s, dropout %.1f, finite differences", path, dropout);
-        check_below(what, t->name, fabs(slope - along) / norm, 1e-7);
-        free(u), free(w0);
-    }
-    case_close(&c);
-}
-#endif
-
-static void random_tokens(int *x, int n, int V) {
-    for (int i = 0; i < n; i++) x[i] = random_bits(8, i) % V;
-}
 
 // --- Decoding
 
@@ -294,14 +289,13 @@ static void test_decoding(const char *path, Model *m, int n) {
 }
 
 static void test_decoding_dump(const char *path) {
-    Checkpoint file = checkpoint_open(path);
-    Config config = checkpoint_config(&file);
-    Model *m = model_create(&config, 0);
-    checkpoint_read_model(&file, m, 0);
-    checkpoint_close(&file);
-    model_reserve(m, 3, config.block_size, 0);
-    test_decoding(path, m, config.block_size);
-    model_free(m);
+    Case c = {.file = checkpoint_open(path)};
+    Config config = checkpoint_config(&c.file);
+    c.m = model_create(&config, 0);
+    read_dump(&c);
+    model_reserve(c.m, 3, config.block_size, 0);
+    test_decoding(path, c.m, config.block_size);
+    case_close(&c);
 }
 
 static int by_name(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
@@ -321,32 +315,73 @@ static void test_references(void) {
     for (int i = 0; i < n; i++) {
         test_dump(files[i]);
         test_decoding_dump(files[i]);
-#ifdef REAL_DOUBLE
-        test_finite_differences(files[i], 0);
-        if (strstr(files[i], "mla_decoupled.") || strstr(files[i], "mha_learned.")) test_finite_differences(files[i], 0.2);
-#endif
         free(files[i]);
     }
 }
 
-// --- The rest of training
+// --- Finite differences
 
-static Model *small_model(int attention, int position, int B, int T) {
-    Config c = {.attention = attention, .position = position, .latent_norm = LAYERNORM, .L = 2, .NH = 4, .NKV = -1, .C = 32,
-                .block_size = T, .V = 150, .RQ = -1, .R = -1, .RD = -1};
-    config_complete(&c, "test");
-    Model *m = model_create(&c, 1);
-    model_init(m, 5);
-    for (size_t i = 0; i < m->block; i++) m->params[i] += (real)(0.1 * random_normal(6, i));
-    model_reserve(m, B, T, 1);
-    return m;
+#ifdef REAL_DOUBLE
+// d/dh loss(w + h u) at 0, against <gradient, u>: u is the gradient's own direction plus a random
+// one, so that no element is left out. Central differences of fourth order with h = 1e-4: truncation
+// and rounding both stay far below the bound.
+static void finite_differences(const char *what, Model *m, const int *x, const int *y, int B, int T) {
+    static const double at[] = {1, -1, 2, -2}, weight[] = {8, -8, -1, 1};
+    const double h = 1e-4;
+    clear_gradients(m);
+    forward_backward(m, x, y, B, T, 1);
+    for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
+        real *w = m->params + t->offset, *g = m->grads + t->offset;
+        double *u = allocate(t->size * sizeof(double), what), *w0 = allocate(t->size * sizeof(double), what);
+        double norm = 0, along = 0, slope = 0;
+        for (size_t i = 0; i < t->size; i++) norm += g[i] * g[i];
+        norm = sqrt(norm);
+        for (size_t i = 0; i < t->size; i++) {
+            u[i] = g[i] / norm + random_normal(7, i) / sqrt(t->size);
+            along += g[i] * u[i];
+            w0[i] = w[i];
+        }
+        for (int k = 0; k < 4; k++) {
+            for (size_t i = 0; i < t->size; i++) w[i] = w0[i] + h * at[k] * u[i];
+            slope += weight[k] * forward_loss(m, x, y, B, T) / (B * T) / (12 * h);
+        }
+        for (size_t i = 0; i < t->size; i++) w[i] = w0[i];
+        check_below(what, t->name, fabs(slope - along) / norm, 1e-6);
+        free(u), free(w0);
+    }
 }
+
+// Every row of the attention table, with and without dropout; add a row for an attention of your own.
+static void test_finite_differences(void) {
+    static const struct { int attention, position, norm, RQ; } kinds[] = {
+        {MHA, LEARNED, NONE, -1}, {MHA, ROPE, NONE, -1}, {MHA, DECOUPLED, NONE, -1}, {GQA, LEARNED, NONE, -1},
+        {GQA, ROPE, NONE, -1}, {MQA, LEARNED, NONE, -1}, {MQA, ROPE, NONE, -1}, {MLA, LEARNED, LAYERNORM, -1},
+        {MLA, DECOUPLED, LAYERNORM, -1}, {MLA, DECOUPLED, RMSNORM, -1}, {MLA, DECOUPLED, NONE, -1},
+        {MLA, DECOUPLED, LAYERNORM, 0}, {MLA, LEARNED, NONE, 0}};
+    int B = 2, T = 67, x[2 * 67], y[2 * 67];
+    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
+        char what[100];
+        Model *m = small_model(kinds[k].attention, kinds[k].position, kinds[k].norm, kinds[k].RQ, B, T);
+        random_tokens(x, B * T, m->c.V), random_tokens(y, B * T, m->c.V);
+        m->head_rows = 64, m->dropout_key = 99;
+        for (int i = 0; i < 2; i++) {
+            m->dropout = i ? 0.2f : 0;
+            snprintf(what, sizeof what, "finite differences: %s %s %s%s%s", attention_names[kinds[k].attention],
+                     position_names[kinds[k].position], norm_names[kinds[k].norm], kinds[k].RQ ? "" : " q_rank 0", i ? " dropout" : "");
+            finite_differences(what, m, x, y, B, T);
+        }
+        model_free(m);
+    }
+}
+#endif
+
+// --- The rest of training
 
 static void test_long_decoding(void) {  // over several chunks of keys
     static const int kinds[][2] = {{MHA, DECOUPLED}, {GQA, ROPE}, {MQA, LEARNED}, {MLA, LEARNED}, {MLA, DECOUPLED}};
     int T = 2 * CHUNK + 29;
     for (int k = 0; k < 5; k++) {
-        Model *m = small_model(kinds[k][0], kinds[k][1], 3, T);
+        Model *m = small_model(kinds[k][0], kinds[k][1], LAYERNORM, -1, 3, T);
         test_decoding(attention_names[kinds[k][0]], m, T);
         model_free(m);
     }
@@ -381,7 +416,7 @@ static void test_encoding(void) {
 
 static void test_accumulation(void) {  // two halves of a batch give the gradient of the whole
     int B = 4, T = 70, x[4 * 70], y[4 * 70];
-    Model *m = small_model(MLA, DECOUPLED, B, T);
+    Model *m = small_model(MLA, DECOUPLED, LAYERNORM, -1, B, T);
     random_tokens(x, B * T, m->c.V), random_tokens(y, B * T, m->c.V);
     double whole = forward_backward(m, x, y, B, T, 1), halves = 0;
     real *g = allocate(m->block * sizeof(real), "gradients");
@@ -404,7 +439,7 @@ static void test_threads(void) {  // the same bits from any number of threads
         real *first = NULL;
         for (int i = 0; i < 4; i++) {
             omp_set_num_threads(threads[i]);
-            Model *m = small_model(kinds[k][0], kinds[k][1], B, T);
+            Model *m = small_model(kinds[k][0], kinds[k][1], LAYERNORM, -1, B, T);
             m->dropout = 0.1f;
             AdamW adam = {0.9, 0.99, 1e-8, 0.1};
             random_tokens(x, B * T, m->c.V), random_tokens(y, B * T, m->c.V);
@@ -456,7 +491,7 @@ static void test_evaluation(void) {  // each window by itself must give the same
     enum { N = 95, T = 10 };
     uint16_t tokens[N];
     Data d = {.tokens = tokens, .n = N};
-    Model *m = small_model(GQA, ROPE, 4, T);
+    Model *m = small_model(GQA, ROPE, LAYERNORM, -1, 4, T);
     Tokenizer bytes = tokenizer_bytes();
     for (int i = 0; i <= 256; i++) bytes.start[i] = 3 * i;  // as if every token stood for three bytes
     int x[N], y[N];
@@ -500,7 +535,7 @@ static void test_schedule(void) {
 
 static void test_randomness(void) {
     enum { N = 200000 };
-    Model *m = small_model(MHA, LEARNED, 1, 8);
+    Model *m = small_model(MHA, LEARNED, LAYERNORM, -1, 1, 8);
     double kept = 0, sum = 0, square = 0, same_place = 0, same_key = 0;
     m->dropout = 0.25f;
     for (int i = 0; i < N; i++) {
@@ -531,25 +566,31 @@ static void test_randomness(void) {
     model_free(m);
 }
 
-static void test_initialization(int attention, int position) {
-    Model *m = small_model(attention, position, 1, 8);
+static void test_initialization_of(int attention, int position) {
+    Model *m = small_model(attention, position, LAYERNORM, -1, 1, 8);
     model_init(m, 1);
     for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
-        double wanted = !t->cols ? (strstr(t->name, "weight") ? 1 : 0) : strstr(t->name, "c_proj") ? 0.02 / 2 : 0.02;
+        double wanted = t->init == ONES ? 1 : t->init == ZEROS ? 0 : t->init == RESIDUAL ? 0.02 / 2 : 0.02;
         double square = 0, rows = 0, first = 0;
         real *w = m->params + t->offset, *wte = m->w[0][WTE];
         for (size_t i = 0; i < t->size; i++) square += (double)w[i] * w[i];
+        check("initialization", t->name, t->cols ? t->init == (strstr(t->name, "c_proj") ? RESIDUAL : NORMAL)
+                                                 : t->init == (strstr(t->name, "bias") ? ZEROS : ONES));
         check_below("initialization", t->name, fabs(sqrt(square / t->size) - wanted), t->cols ? 5 * wanted / sqrt(2.0 * t->size) : 0);
         if (!t->cols) continue;
         for (int i = 0; i < 128; i++) rows += w[i] * w[i + t->cols], first += w[i] * wte[i];
         check_below("initialization: rows are independent", t->name, fabs(rows) / (wanted * wanted), 5 * sqrt(128));
         if (t != m->tensors) check_below("initialization: tensors are independent", t->name, fabs(first) / (wanted * 0.02), 5 * sqrt(128));
     }
-    if (attention == MHA && position == LEARNED) {  // GPT-2's count: 12 L C^2 + 13 L C + (V + T + 2) C
-        size_t L = m->c.L, C = m->c.C;
-        check("parameters", "are counted", m->n_params == 12 * L * C * C + 13 * L * C + (m->c.V + 8 + 2) * C);
-    }
+    size_t sum = 0;
+    for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) sum += (size_t)t->rows * (t->cols ? t->cols : 1);
+    check("parameters", "are counted", m->n_params == sum);
     model_free(m);
+}
+
+static void test_initialization(void) {
+    test_initialization_of(MHA, LEARNED);
+    test_initialization_of(MLA, DECOUPLED);
 }
 
 static void test_sampling(void) {
@@ -599,7 +640,7 @@ static void test_checkpoints(void) {
     char a[] = "/tmp/test_mla_a_XXXXXX", b[] = "/tmp/test_mla_b_XXXXXX";
     close(mkstemp(a)), close(mkstemp(b));
     for (int k = 0; k < 6; k++) {
-        Model *m = small_model(kinds[k][0], kinds[k][1], 1, 8);
+        Model *m = small_model(kinds[k][0], kinds[k][1], LAYERNORM, -1, 1, 8);
         RunState state = {.step = 17, .seed = 12345678901234567u};
         for (size_t i = 0; i < m->block; i++) {  // floats, so that the double build loses nothing either
             m->params[i] = (float)m->params[i], m->adam_m[i] = (float)random_normal(1, i), m->adam_v[i] = (float)random_normal(2, i);
@@ -634,7 +675,7 @@ static void test_config(void) {  // defaults; the experiments' cache sizes, floa
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         Config c = {.attention = rows[i].attention, .position = rows[i].position, .latent_norm = LAYERNORM, .L = rows[i].L,
                     .NH = 16, .NKV = -1, .C = rows[i].C, .block_size = 1024, .V = 256, .RQ = -1, .R = -1, .RD = -1};
-        config_complete(&c, "test");
+        config_complete(&c, 1, "test");
         check("cache floats per token", attention_names[rows[i].attention], cache_floats(&c, cache_mode(&c)) == rows[i].floats);
         check("default kv-heads", attention_names[rows[i].attention], c.NKV == rows[i].kv_heads);
         check("default q-rank", attention_names[rows[i].attention], c.RQ == (c.attention == MLA ? c.C / 2 : 0));
@@ -645,7 +686,7 @@ static void test_config(void) {  // defaults; the experiments' cache sizes, floa
 static void run_double(const char *self) {
     char command[4096], line[1024];
     int p = -1, f = -1;
-    snprintf(command, sizeof command, "%s_double", self);
+    snprintf(command, sizeof command, "\"%s_double\"", self);
     FILE *pipe = popen(command, "r");
     while (pipe && fgets(line, sizeof line, pipe))
         if (sscanf(line, "%d passed, %d failed", &p, &f) != 2) fputs(line, stdout);
@@ -655,23 +696,24 @@ static void run_double(const char *self) {
 }
 
 int main(int argc, char **argv) {
+    static const struct { const char *what; void (*test)(void); } tests[] = {
+        {"matrix product", test_matmul}, {"exp", test_exp}, {"reference dumps", test_references},
+#ifdef REAL_DOUBLE
+        {"finite differences", test_finite_differences},
+#endif
+        {"decoding", test_long_decoding}, {"encoding", test_encoding}, {"gradient accumulation", test_accumulation},
+        {"threads", test_threads}, {"batches", test_batches}, {"evaluation", test_evaluation}, {"schedule", test_schedule},
+        {"randomness", test_randomness}, {"initialization", test_initialization}, {"sampling", test_sampling}, {"checkpoints", test_checkpoints},
+        {"configurations", test_config},
+    };
     (void)argc;
-    test_matmul();
-    test_exp();
-    test_references();
-    test_long_decoding();
-    test_encoding();
-    test_accumulation();
-    test_threads();
-    test_batches();
-    test_evaluation();
-    test_schedule();
-    test_randomness();
-    test_initialization(MHA, LEARNED);
-    test_initialization(MLA, DECOUPLED);
-    test_sampling();
-    test_checkpoints();
-    test_config();
+    if (access("dev/reference", R_OK)) fail(1, "dev/reference: not found; run the tests in the repository's top folder");
+    for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
+        int before = passed;
+        tests[i].test();
+        printf("%s: %-22s %4d checks\n", sizeof(real) == sizeof(float) ? "float " : "double", tests[i].what, passed - before);
+        fflush(stdout);
+    }
     if (sizeof(real) == sizeof(float)) run_double(argv[0]);
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;

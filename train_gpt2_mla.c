@@ -33,14 +33,14 @@ Arrays are row-major; a comment such as (N, C) gives the shape. Weights are (out
 PyTorch. The gradient of the loss with respect to x is called dx.
 
 TO ADD YOUR OWN ATTENTION
-  - give its kind a name in chapter 2 and list its tensors in the table there (places marked
-    [ATTENTION 1]): checkpoints, optimizer and gradient checks then know of them;
-  - write its front end in chapter 6, a forward and a backward ([ATTENTION 2]);
-  - run `make test`: finite differences in double precision say whether the backward is right.
+  - what it is made of, marked [ATTENTION 1]: its name, what its configuration allows, its tensors
+    in the table, what its forward keeps. Checkpoints and optimizer then know of them;
+  - what it does, marked [ATTENTION 2] in chapter 6: a front end, forward and backward;
+  - run `make test`, with its kind added to the list in test_finite_differences: finite differences
+    in double precision say whether the backward is right.
 */
 #define _POSIX_C_SOURCE 200809L
 #include <errno.h>
-#include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <stdarg.h>
@@ -52,6 +52,8 @@ TO ADD YOUR OWN ATTENTION
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+
+_Static_assert(sizeof(long) == 8 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "64 bits, little-endian");
 #ifdef _OPENMP
 #include <omp.h>
 #else  // without OpenMP the same code runs on one thread
@@ -122,12 +124,18 @@ static real *take(Arena *arena, size_t n) {
 
 // Randomness without state: number i of stream `key` is a hash of the two (the finalizer of
 // SplitMix64: Steele, Lea and Flood 2014). So every random number has an address: dropout is
-// the same for any number of threads, and a run resumes anywhere knowing only seed and step.
+// the same for any number of threads, and no generator's state needs to be saved.
 static uint64_t random_bits(uint64_t key, uint64_t i) {
     uint64_t z = key + (i + 1) * 0x9E3779B97F4A7C15u;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
     return z ^ (z >> 31);
+}
+
+static uint32_t hash_bytes(const void *bytes, int n) {  // FNV-1a
+    uint32_t hash = 2166136261u;
+    for (int i = 0; i < n; i++) hash = (hash ^ ((const unsigned char *)bytes)[i]) * 16777619u;
+    return hash;
 }
 
 static double random_uniform(uint64_t key, uint64_t i) {  // in (0, 1)
@@ -166,30 +174,31 @@ typedef struct {
 } Config;
 
 // Fills in what was left open (for mla the experiments' defaults RQ = C/2, R = 2C/3, RD = HS/2,
-// with which it has about as many parameters as MHA) and refuses what cannot be.
-static void config_complete(Config *c, const char *where) {
-    if (c->C % c->NH) fail(1, "%s: heads %d does not divide channels %d", where, c->NH, c->C);
+// with which it has about as many parameters as MHA) and refuses what cannot be, which `where` said.
+// [ATTENTION 1] What your kind derives or forbids belongs here.
+static void config_complete(Config *c, int status, const char *where) {
+    if (c->C % c->NH) fail(status, "%s: heads %d does not divide channels %d", where, c->NH, c->C);
     c->HS = c->C / c->NH;
     const char *kind = attention_names[c->attention], *position = position_names[c->position];
 
     int fixed = c->attention == GQA ? -1 : c->attention == MQA ? 1 : c->NH;
     if (c->NKV == -1) c->NKV = fixed != -1 ? fixed : c->NH >= 8 && c->NH % 4 == 0 ? c->NH / 4 : c->NH % 2 ? 1 : c->NH / 2;
     if (fixed != -1 && c->NKV != fixed)
-        fail(1, "%s: kv-heads %d: %s has %d (gqa lets you choose)", where, c->NKV, kind, fixed);
+        fail(status, "%s: kv-heads %d: %s has %d (gqa lets you choose)", where, c->NKV, kind, fixed);
     if (c->NKV < 1 || c->NH % c->NKV)
-        fail(1, "%s: kv-heads %d does not divide heads %d", where, c->NKV, c->NH);
+        fail(status, "%s: kv-heads %d does not divide heads %d", where, c->NKV, c->NH);
 
     if ((c->attention == MLA && c->position == ROPE) ||
         ((c->attention == GQA || c->attention == MQA) && c->position == DECOUPLED))
-        fail(1, "%s: position %s does not go with attention %s (expected learned or %s)", where,
+        fail(status, "%s: position %s does not go with attention %s (expected learned or %s)", where,
              position, kind, c->attention == MLA ? "decoupled" : "rope");
 
     int rd = c->position == LEARNED ? 0 : c->position == ROPE ? c->HS : -1;
-    if (c->RD == -1) c->RD = rd != -1 ? rd : c->HS / 2;
+    if (c->RD == -1) c->RD = rd != -1 ? rd : c->HS / 4 * 2;  // even
     if (rd != -1 && c->RD != rd)
-        fail(1, "%s: rope-dim %d: position %s needs %d", where, c->RD, position, rd);
+        fail(status, "%s: rope-dim %d: position %s needs %d", where, c->RD, position, rd);
     if (c->RD % 2 || (rd == -1 && (c->RD < 2 || c->RD >= c->HS)))
-        fail(1, "%s: rope-dim %d: expected an even number from 2 to less than the head size, %d", where,
+        fail(status, "%s: rope-dim %d: expected an even number from 2 to less than the head size, %d", where,
              c->RD, c->HS);
     c->NOPE = c->position == DECOUPLED ? c->HS - c->RD : c->HS;
 
@@ -197,12 +206,12 @@ static void config_complete(Config *c, const char *where) {
         if (c->RQ == -1) c->RQ = c->C / 2;
         if (c->R == -1) c->R = 2 * c->C / 3;
         if (c->R < 1 || c->R > c->C)
-            fail(1, "%s: kv-rank %d: expected 1 to channels, %d", where, c->R, c->C);
+            fail(status, "%s: kv-rank %d: expected 1 to channels, %d", where, c->R, c->C);
         if (c->RQ < 0 || c->RQ > c->C)
-            fail(1, "%s: q-rank %d: expected 0 (no query latent) to channels, %d", where, c->RQ, c->C);
+            fail(status, "%s: q-rank %d: expected 0 (no query latent) to channels, %d", where, c->RQ, c->C);
     } else {
         if (c->R > 0 || c->RQ > 0)
-            fail(1, "%s: attention %s has no latent: q-rank and kv-rank go with mla", where, kind);
+            fail(status, "%s: attention %s has no latent: q-rank and kv-rank go with mla", where, kind);
         c->R = c->RQ = 0;
         c->latent_norm = NONE;
     }
@@ -293,8 +302,8 @@ typedef struct {
 // Tensors outside the layers (wte, ln_f) are reached through any layer.
 typedef real *Layer[TENSORS];
 
-// What the forward of one block leaves for its backward. The backward reuses the same struct
-// for the gradients of these tensors.
+// [ATTENTION 1] What the forward of one block leaves for its backward; place_acts (chapter 7) gives
+// each its room. The backward uses the same struct for their gradients, of all but x_mid and lse.
 typedef struct {
     real *x;           // (N, C) the block's input: the residual stream
     real *qkv;         // (N, rows of c_attn) mha, gqa, mqa: q and k rotated if position is rope
@@ -334,11 +343,11 @@ typedef struct {
     real *norm;                    // (N, C) output of the norm at hand
     real *latent, *q_latent;       // (N, R), (N, RQ) normed latents of the layer at hand
     real *gelu;                    // (N, 4C) output of GELU
-    real *proj;                    // (N, C) output of c_proj
+    real *proj;                    // (N, C) output of c_proj, or (dropout) the gradient of one
     real *logits, *row_loss;       // (head_rows, V) a slice of the logits, then their gradient; (head_rows)
     real *strips;                  // per thread 2 x (STRIP, T): attention scores, their gradient
     Acts d;                        // gradients of the acts of the layer at hand
-    real *d_norm, *d_latent, *d_q_latent, *d_proj;  // gradients of those without the d_
+    real *d_norm, *d_latent, *d_q_latent;  // gradients of those without the d_
     real *d_k_rope;                // (N, NKV, rope) gradient of the shared rotary key by head
     real *partial;                 // partial sums of gradients that sum over tokens
     Cache *cache;                  // NULL: not decoding
@@ -389,16 +398,15 @@ static Model *model_create(const Config *c, int training) {
     m->w = allocate(sizeof(Layer) * c->L, "layer list");
     m->g = allocate(sizeof(Layer) * c->L, "layer list");
     for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++)
-        for (int l = 0; l < c->L; l++)
-            if (t->layer == -1 || t->layer == l) {
-                m->w[l][t->id] = m->params + t->offset;
-                m->g[l][t->id] = training ? m->grads + t->offset : NULL;
-            }
+        for (int l = max_int(t->layer, 0); l < (t->layer == -1 ? c->L : t->layer + 1); l++) {
+            m->w[l][t->id] = m->params + t->offset;
+            m->g[l][t->id] = training ? m->grads + t->offset : NULL;
+        }
     for (int t = 0; t < c->block_size; t++)  // (17)
         for (int i = 0; i < c->RD / 2; i++) {
             double angle = t * pow(10000.0, -2.0 * i / c->RD);
-            m->rope_cos[t * (c->RD / 2) + i] = cos(angle);
-            m->rope_sin[t * (c->RD / 2) + i] = sin(angle);
+            m->rope_cos[(long)t * (c->RD / 2) + i] = cos(angle);
+            m->rope_sin[(long)t * (c->RD / 2) + i] = sin(angle);
         }
     return m;
 }
@@ -408,7 +416,7 @@ static Model *model_create(const Config *c, int training) {
 static void model_init(Model *m, uint64_t seed) {
     for (int i = 0; i < m->n_tensors; i++) {
         Tensor *t = &m->tensors[i];
-        uint64_t key = random_stream(seed, STREAM_INIT, i);
+        uint64_t key = random_stream(seed, STREAM_INIT, hash_bytes(t->name, strlen(t->name)));
         double std = t->init == RESIDUAL ? 0.02 / sqrt(2.0 * m->c.L) : 0.02;
         #pragma omp parallel for
         for (size_t k = 0; k < t->size; k++)
@@ -436,8 +444,9 @@ static void model_init(Model *m, uint64_t seed) {
 // caches. Cure: PACKED PANELS. Blocks of a (MC x KC) and b (KC x NC) are copied so that the
 // tile reads them strictly one after the other: panel p of a holds its rows p*MR .. p*MR+MR-1,
 // and within it step k's MR numbers are adjacent; likewise b by NR columns. One panel of b
-// (24 KB with vectors of 8) stays in the first-level cache, a block of a in the second. Copying also absorbs transposes
-// (a stride decides, not the code) and pads ragged edges with zeros, so there is one kernel.
+// (24 KB with vectors of 8) stays in the first-level cache, a block of a in the second. Copying also
+// absorbs transposes (a stride decides, not the code) and pads ragged edges with zeros, so there is
+// one kernel. (In this chapter M, N, K are rows, columns and the length of the sums.)
 //
 // Every element of c is summed by one thread, k ascending, whoever that thread is: results do
 // not depend on the number of threads.
@@ -605,6 +614,8 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
                        start ? start + j : NULL, start_row);
         return;
     }
+    int block = min_int(MC, (M / omp_get_max_threads() + MR - 1) / MR * MR);  // rows; enough blocks for all
+    block = max_int(block, MR);
     #pragma omp parallel
     for (int j0 = 0; j0 < N; j0 += NC)
         for (int k0 = 0; k0 < K; k0 += KC) {
@@ -614,8 +625,8 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
                 pack(b_shared + (long)j * kc, b.p + (j0 + j) * b.col + k0 * b.row, b.col, b.row,
                      min_int(NR, nc - j), kc, NR);
             #pragma omp for schedule(dynamic)
-            for (int i0 = 0; i0 < M; i0 += MC) {
-                int mc = min_int(MC, M - i0);
+            for (int i0 = 0; i0 < M; i0 += block) {
+                int mc = min_int(block, M - i0);
                 real *c0 = c + i0 * c_row + j0;
                 const real *s0 = k0 ? c0 : start ? start + i0 * start_row + j0 : NULL;
                 pack(a_panels, a.p + i0 * a.row + k0 * a.col, a.row, a.col, mc, kc, MR);
@@ -755,7 +766,7 @@ static void norm_backward(const Model *m, real *dx, real *dw, real *db, const re
 // --- exp, in a form that compilers turn into vector code (libm's is a call per number)
 
 // e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln(2)/2, where a polynomial of degree 6, fitted
-// for the least relative error, is off by 3e-9. With rounding the error stays below 2e-7 for x in
+// for the least relative error, is off by 4e-9. With rounding the error stays below 2e-7 for x in
 // [-87, 88], to whose ends x is clamped; NaN stays NaN.
 static inline real fast_exp(real x) {
 #ifdef REAL_DOUBLE
@@ -850,24 +861,26 @@ static const real *residual_backward(const Model *m, real *d_branch, const real 
 
 // --- Rotary embedding
 
-// Numbers addressed by token, head and place: p[token*tok + head*h + i]. A head stride of 0
-// means one for all heads.
+// Numbers by token, head and place: number i of head h of token t is p[t*token + h*head + i]. A head
+// stride of 0 means one for all heads.
 typedef struct {
     real *p;
     long token, head;
 } View;
 
+static real *element(View x, long t, int h) { return x.p + t * x.token + h * x.head; }
+
 // Turns the pair (i, i + RD/2) of every head by the angle t theta^(-2i/RD), t the token's
 // position (17). The backward is the turn by the opposite angle (18): sign -1.
 // x (N, heads, RD) at positions first .. first+T-1, N a multiple of T.
-static void rope(const Model *m, View x, int heads, int N, int T, int first, int sign) {
+static void rotate(const Model *m, View x, int heads, int N, int T, int first, int sign) {
     int half = m->c.RD / 2;
     #pragma omp parallel for
     for (int n = 0; n < N; n++) {
         const real *c = m->rope_cos + (long)(first + n % T) * half;
         const real *s = m->rope_sin + (long)(first + n % T) * half;
         for (int h = 0; h < heads; h++) {
-            real *lo = x.p + n * x.token + h * x.head, *hi = lo + half;
+            real *lo = element(x, n, h), *hi = lo + half;
             for (int i = 0; i < half; i++) {
                 real a = lo[i], b = hi[i];
                 lo[i] = a * c[i] - sign * b * s[i];
@@ -893,7 +906,7 @@ static void rope(const Model *m, View x, int heads, int N, int T, int first, int
 // queries against all keys they may see, small enough for the second-level cache; what the
 // backward needs of it is one number per query, lse, from which it makes p again.
 
-enum { STRIP = 64 };
+enum { STRIP = MC };
 
 typedef struct {
     int heads, kv_heads;     // NH, NKV
@@ -901,8 +914,6 @@ typedef struct {
     View q, k, k_rope, v;    // q (N, NH, nope+rope), k (N, NKV, nope), k_rope (N, 1, rope), v (N, NKV, value)
     long k_sequence, k_rope_sequence, v_sequence;  // decoding: from one sequence's cache to the next
 } Heads;
-
-static real *element(View x, long t, int h) { return x.p + t * x.token + h * x.head; }
 
 // The matrix whose rows are the tokens from t on, of head h.
 static Mat tokens_of(View x, long t, int h) { return rows_of(element(x, t, h), x.token); }
@@ -1079,11 +1090,11 @@ static Heads heads_of(const Model *m, const Acts *acts) {
 static void rope_heads(const Model *m, const Heads *a, int N, int T, int first, int sign) {
     const Config *c = &m->c;
     if (c->position == ROPE) {  // the whole of every head
-        rope(m, a->q, c->NH, N, T, first, sign);
-        rope(m, a->k, c->NKV, N, T, first, sign);
+        rotate(m, a->q, c->NH, N, T, first, sign);
+        rotate(m, a->k, c->NKV, N, T, first, sign);
     } else if (c->position == DECOUPLED) {  // the last RD of a query head, the shared key
-        rope(m, (View){a->q.p + c->NOPE, a->q.token, a->q.head}, c->NH, N, T, first, sign);
-        rope(m, a->k_rope, 1, N, T, first, sign);
+        rotate(m, rope_part(a), c->NH, N, T, first, sign);
+        rotate(m, a->k_rope, 1, N, T, first, sign);
     }
 }
 
@@ -1299,6 +1310,7 @@ static void attention_block_backward(Model *m, int l, Acts *acts, const real *d_
 // 7  THE NETWORK
 // ============================================================================================
 
+// [ATTENTION 1]
 static void place_acts(Model *m, Arena *arena, int T, int training) {
     const Config *c = &m->c;
     size_t N = m->max_N, C = c->C, Q = c->NH * c->HS, rope = c->HS - c->NOPE;
@@ -1331,13 +1343,16 @@ static void place_acts(Model *m, Arena *arena, int T, int training) {
     m->d_norm = take(arena, N * C);
     m->d_latent = take(arena, N * c->R);
     m->d_q_latent = take(arena, N * c->RQ);
-    m->d_proj = take(arena, N * C);
     m->d_k_rope = take(arena, N * c->NKV * rope);
     m->partial = take(arena, (size_t)PIECES * max_int(4 * c->C, c->QKV));
 }
 
 // Memory for the activations of up to B sequences of T tokens.
 static void model_reserve(Model *m, int B, int T, int training) {
+    // Rows of numbers are counted in int where they are rows of one tensor.
+    long widest = max_int(4 * m->c.C, max_int(m->c.QKV, m->c.R ? m->c.NH * (m->c.NOPE + m->c.HS) : 0));
+    if ((long)B * T > INT_MAX / widest)
+        fail(1, "a batch of %d x %d tokens: expected at most %ld tokens for this model", B, T, INT_MAX / widest);
     m->max_N = B * T;
     m->head_rows = min_int(m->max_N, max_int(max_int(B, 256), (1 << 20) / m->c.V));  // 4 MB of logits, or 256 rows
     m->acts = allocate(sizeof(Acts) * (training ? m->c.L : 1), "activations");
@@ -1370,7 +1385,7 @@ static void embedding_forward(Model *m, real *x, const int *tokens, int N, int T
 static void embedding_backward(Model *m, const int *tokens, int N, int T) {
     enum { OWN = 16 };  // columns to a thread's piece
     int C = m->c.C;
-    const real *dx = residual_backward(m, m->d_proj, m->d.x, (long)N * C, 0);
+    const real *dx = residual_backward(m, m->proj, m->d.x, (long)N * C, 0);
     real *dwte = m->g[0][WTE], *dwpe = m->g[0][WPE];
     #pragma omp parallel for
     for (int i0 = 0; i0 < C; i0 += OWN)
@@ -1404,7 +1419,7 @@ static void block_backward(Model *m, int l, Acts *acts, int B, int T) {
     real **w = m->w[l], **g = m->g[l];
     int N = B * T, C = m->c.C;
     norm_forward(m->norm, acts->x_mid, C, w[LN2_W], w[LN2_B], N, C, LAYERNORM);
-    const real *d_proj = residual_backward(m, m->d_proj, m->d.x, (long)N * C, 2 * l + 2);
+    const real *d_proj = residual_backward(m, m->proj, m->d.x, (long)N * C, 2 * l + 2);
     linear_backward_input(m->d.fc, d_proj, w[MPROJ_W], N, 4 * C, C, 0);
     gelu_backward(m->d.fc, m->gelu, acts->fc, (long)N * 4 * C);
     linear_backward_weight(m, g[MPROJ_W], g[MPROJ_B], d_proj, m->gelu, N, 4 * C, C);
@@ -1413,7 +1428,7 @@ static void block_backward(Model *m, int l, Acts *acts, int B, int T) {
     norm_backward(m, m->d.x, g[LN2_W], g[LN2_B], m->d_norm, acts->x_mid, C, w[LN2_W], N, C, LAYERNORM);
 
     norm_forward(m->norm, acts->x, C, w[LN1_W], w[LN1_B], N, C, LAYERNORM);
-    d_proj = residual_backward(m, m->d_proj, m->d.x, (long)N * C, 2 * l + 1);
+    d_proj = residual_backward(m, m->proj, m->d.x, (long)N * C, 2 * l + 1);
     attention_block_backward(m, l, acts, d_proj, B, T);
     norm_backward(m, m->d.x, g[LN1_W], g[LN1_B], m->d_norm, acts->x, C, w[LN1_W], N, C, LAYERNORM);
 }
@@ -1519,7 +1534,8 @@ typedef struct {
 //     m = b1 m + (1-b1) g      v = b2 v + (1-b2) g^2
 //     w = w (1 - lr decay) - lr (m / (1-b1^step)) / (sqrt(v / (1-b2^step)) + eps)
 static void adamw_update(Model *m, const AdamW *o, double learning_rate, long step, double grad_scale) {
-    real b1 = o->beta1, b2 = o->beta2, eps = o->eps, scale = grad_scale, lr = learning_rate;
+    real b1 = o->beta1, b2 = o->beta2, one_b1 = 1 - o->beta1, one_b2 = 1 - o->beta2;  // 1 - beta2 is small: in double
+    real eps = o->eps, scale = grad_scale, lr = learning_rate;
     real correct1 = 1 / (1 - pow(o->beta1, step)), correct2 = 1 / (1 - pow(o->beta2, step));
     for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
         real *w = m->params + t->offset, *dw = m->grads + t->offset;
@@ -1528,8 +1544,8 @@ static void adamw_update(Model *m, const AdamW *o, double learning_rate, long st
         #pragma omp parallel for simd
         for (size_t k = 0; k < t->size; k++) {
             real g = dw[k] * scale;
-            am[k] = b1 * am[k] + (1 - b1) * g;
-            av[k] = b2 * av[k] + (1 - b2) * g * g;
+            am[k] = b1 * am[k] + one_b1 * g;
+            av[k] = b2 * av[k] + one_b2 * g * g;
             w[k] = w[k] * keep - lr * (am[k] * correct1) / ((real)sqrt(av[k] * correct2) + eps);
             dw[k] = 0;
         }
@@ -1559,16 +1575,20 @@ static double learning_rate_at(const Schedule *s, long step) {
 // ============================================================================================
 // Files are little-endian, as are the machines this runs on.
 
-// A whole regular file in memory, with a NUL behind it.
-static unsigned char *read_file(const char *path, size_t *size) {
+static FILE *open_regular(const char *path, size_t *size) {
     struct stat st;
-    if (stat(path, &st)) fail(1, "%s: cannot open: %s", path, strerror(errno));
-    if (!S_ISREG(st.st_mode))
+    FILE *f = stat(path, &st) || !S_ISREG(st.st_mode) ? NULL : fopen(path, "rb");
+    if (!f && !stat(path, &st) && !S_ISREG(st.st_mode))
         fail(1, "%s: found a %s, expected a regular file", path, S_ISDIR(st.st_mode) ? "folder" : "pipe or device");
-    FILE *f = fopen(path, "rb");
     if (!f) fail(1, "%s: cannot open: %s", path, strerror(errno));
-    unsigned char *bytes = allocate(st.st_size + 1, path);
     *size = st.st_size;
+    return f;
+}
+
+// A whole file in memory, with a NUL behind it.
+static unsigned char *read_file(const char *path, size_t *size) {
+    FILE *f = open_regular(path, size);
+    unsigned char *bytes = allocate(*size + 1, path);
     if (fread(bytes, 1, *size, f) != *size) fail(1, "%s: cannot read its %zu bytes", path, *size);
     fclose(f);
     return bytes;
@@ -1655,9 +1675,7 @@ static int token_length(const Tokenizer *t, int token) { return t->start[token +
 
 // Where the table has the token with these bytes, or the free place where it belongs.
 static int *tokenizer_place(const Tokenizer *t, const unsigned char *bytes, int n) {
-    uint32_t hash = 2166136261u;  // FNV-1a
-    for (int i = 0; i < n; i++) hash = (hash ^ bytes[i]) * 16777619u;
-    for (uint32_t i = hash & t->mask;; i = (i + 1) & t->mask) {
+    for (uint32_t i = hash_bytes(bytes, n) & t->mask;; i = (i + 1) & t->mask) {
         int token = t->table[i];
         if (token == -1 || (token_length(t, token) == n && !memcmp(t->bytes + t->start[token], bytes, n))) return &t->table[i];
     }
@@ -1789,7 +1807,7 @@ static const char *const order_names[] = {"random", "sequential", NULL};
 
 // Micro-batch number `index` of a run: tokens x (B, T) and the tokens that follow each, y (B, T).
 // Sequential: consecutive pieces of B*T tokens, from the start again when the rest is too short
-// (as llm.c). Random: every row starts anywhere. Both depend on the index alone.
+// (as llm.c). Random: every row starts anywhere. Both depend on seed and index alone.
 static void next_batch(const Data *d, int order, uint64_t seed, long index, int *x, int *y, int B, int T) {
     uint64_t key = random_stream(seed, STREAM_DATA, index);
     for (int b = 0; b < B; b++) {
@@ -1863,12 +1881,28 @@ static const char *const part_prefix[] = {"", "adam.m.", "adam.v."};
 
 static real *part_of(const Model *m, int part) { return part == 0 ? m->params : part == 1 ? m->adam_m : m->adam_v; }
 
+static char *temporary_name(const char *path) {
+    char *name = allocate(strlen(path) + 5, path);
+    sprintf(name, "%s.tmp", path);
+    return name;
+}
+
+// Fails if a checkpoint could not be written to `path`: better before the training than after it.
+static void check_writable(const char *path) {
+    struct stat st;
+    if (!stat(path, &st) && !S_ISREG(st.st_mode)) fail(1, "%s: exists and is no regular file; will not replace it", path);
+    char *name = temporary_name(path);
+    FILE *f = fopen(name, "wb");
+    if (!f) fail(1, "%s: cannot write: %s", name, strerror(errno));
+    fclose(f);
+    unlink(name);
+    free(name);
+}
+
 // Writes `path`.tmp and renames it when it is complete: a file that bears the name is whole.
 // With a state, the moments and the state are written too.
 static void checkpoint_save(const Model *m, const char *path, const RunState *state) {
-    struct stat st;
-    if (!stat(path, &st) && !S_ISREG(st.st_mode))
-        fail(1, "%s: exists and is not a regular file; will not replace it", path);
+    check_writable(path);
     Text head = {0};
     size_t at = 0, ok;
     int parts = state ? 3 : 1;
@@ -1890,8 +1924,7 @@ static void checkpoint_save(const Model *m, const char *path, const RunState *st
     text_add(&head, "}");
     while (head.length % 8) text_add(&head, " ");  // so that the data is aligned
 
-    char *temporary = allocate(strlen(path) + 5, path);
-    sprintf(temporary, "%s.tmp", path);
+    char *temporary = temporary_name(path);
     FILE *f = fopen(temporary, "wb");
     if (!f) fail(1, "%s: cannot write: %s", temporary, strerror(errno));
     uint64_t length = head.length;
@@ -1962,8 +1995,11 @@ static char *json_string(Checkpoint *k) {
     char *start = k->p, *out = k->p;
     while (k->p < k->end && *k->p != '"') {
         if (!*k->p) json_fail(k, "no zero byte in a string");
-        if (*k->p == '\\' && (k->p + 1 == k->end || !strchr("\"\\/", *++k->p))) json_fail(k, "one of \" \\ / after a backslash");
-        *out++ = *k->p++;
+        if (*k->p != '\\') { *out++ = *k->p++; continue; }
+        const char *escapes = "\"\\/bfnrtu", *found = ++k->p < k->end && *k->p ? strchr(escapes, *k->p) : NULL;
+        if (!found) json_fail(k, "one of \"\\/bfnrtu after a backslash");
+        *out++ = "\"\\/\b\f\n\r\t?"[found - escapes];  // no name of ours has a \u: '?' and its digits will do
+        k->p++;
     }
     if (k->p == k->end) json_fail(k, "the end of a string");
     k->p++;
@@ -2026,13 +2062,9 @@ static int entry_by_place(const void *a, const void *b) {
 // Opens a file, reads its header and checks that the tensors tile the data exactly.
 static Checkpoint checkpoint_open(const char *path) {
     Checkpoint k = {.path = path};
-    struct stat st;
     uint64_t length = 0;
-    if (stat(path, &st)) fail(1, "%s: cannot open: %s", path, strerror(errno));
-    if (!S_ISREG(st.st_mode))
-        fail(1, "%s: found a %s, expected a regular file", path, S_ISDIR(st.st_mode) ? "folder" : "pipe or device");
-    if (!(k.f = fopen(path, "rb"))) fail(1, "%s: cannot open: %s", path, strerror(errno));
-    size_t size = st.st_size;
+    size_t size;
+    k.f = open_regular(path, &size);
     if (size < 8 || fread(&length, 8, 1, k.f) != 1) fail(1, "%s: %zu bytes, expected a safetensors checkpoint", path, size);
     if (length > size - 8 || length > 100000000)
         fail(1, "%s: its header claims %llu bytes of a file of %zu: not a safetensors file, or cut short", path,
@@ -2140,7 +2172,9 @@ static Config checkpoint_config(const Checkpoint *k) {
     }
     if (c.L < 1 || c.NH < 1 || c.C < 1 || c.block_size < 1 || c.V < 1)
         fail(1, "%s: layers, heads, channels, block_size and vocab_size must be at least 1", k->path);
-    config_complete(&c, k->path);
+    if (c.L > k->n || c.C > 65536 || c.V > 65536 || 4.0 * c.V * c.C > k->data_size)
+        fail(1, "%s: %d layers, %d channels and a vocabulary of %d, more than its data holds", k->path, c.L, c.C, c.V);
+    config_complete(&c, 1, k->path);
     return c;
 }
 
@@ -2375,7 +2409,9 @@ static Evaluation evaluate(Model *m, const Data *d, const Tokenizer *tokenizer, 
 }
 
 static void print_evaluation(const Evaluation *e) {
-    printf("loss %.8f perplexity %.4f bits_per_byte %.6f tokens %ld\n", e->loss, exp(e->loss), e->bits_per_byte, e->tokens);
+    printf("loss %.8f perplexity %.4f bits_per_byte ", e->loss, exp(e->loss));
+    printf(isnan(e->bits_per_byte) ? "n/a" : "%.6f", e->bits_per_byte);
+    printf(" tokens %ld\n", e->tokens);
     fflush(stdout);
 }
 
@@ -2395,6 +2431,7 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
     int start_token = min_int(tokenizer->eot, m->c.V - 1);
     FILE *log = o->log ? fopen(o->log, "w") : NULL;
     if (o->log && !log) fail(1, "%s: cannot write: %s", o->log, strerror(errno));
+    if (o->save) check_writable(o->save);
     if (log) fprintf(log, "step,loss,lr,grad_norm,val_loss,tok_per_s,seconds\n");
 
     double start = seconds(), stepping = 0;  // stepping: time without validation and samples
@@ -2407,6 +2444,9 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
             loss += forward_backward(m, x, y, B, T, 1.0 / o->grad_accum) / o->grad_accum;
         }
         double norm = gradient_norm(m);
+        if (!isfinite(loss) || !isfinite(norm))
+            fail(1, "step %ld: loss %f, gradient norm %f at learning rate %g; stopped, nothing saved (a lower --learning-rate may help)",
+                 step + 1, loss, norm, lr);
         adamw_update(m, &o->adam, lr, step + 1, clip_scale(norm, o->grad_clip));
         state.step = step + 1;
 
@@ -2415,9 +2455,9 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
         int last = step + 1 == o->steps;
         int validate = val && (last || (o->val_every && (step + 1) % o->val_every == 0));
         int sample = last || (step + 1) % (o->sample_every ? o->sample_every : LONG_MAX) == 0;
-        printf("step %ld/%ld | loss %.6f | lr %.2e | grad %.4f | tok/s %.0f | ETA ", step + 1, o->steps, loss, lr, norm, rate);
+        printf("step %ld/%ld | loss %.6f | lr %.1e | grad %.3g | tok/s %.0f | ETA ", step + 1, o->steps, loss, lr, norm, rate);
         print_duration((seconds() - start) / (step + 1) * (o->steps - step - 1));
-        printf(live && !validate && !sample ? "   \r" : "   \n");  // on a terminal the line stays in place
+        printf(!live ? "\n" : validate || sample ? "\033[K\n" : "\033[K\r");  // on a terminal the line stays in place
         fflush(stdout);
         Evaluation e = {0};
         if (validate) {
@@ -2433,7 +2473,7 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
             fprintf(log, "%ld,%.6f,%.6e,%.6f,", step + 1, loss, lr, norm);
             if (validate) fprintf(log, "%.6f", e.loss);
             fprintf(log, ",%.0f,%.3f\n", rate, seconds() - start);
-            fflush(log);
+            if (fflush(log)) fail(1, "%s: cannot write: %s", o->log, strerror(errno));
         }
     }
     if (o->steps) {
@@ -2482,7 +2522,7 @@ static Option options[] = {
     {"--layers", INT, &opt.config.L, 1, 1000, .help = "blocks (4)"},
     {"--heads", INT, &opt.config.NH, 1, 1024, .help = "query heads (4)"},
     {"--channels", INT, &opt.config.C, 1, 65536, .help = "width of the residual stream (128)"},
-    {"--kv-heads", INT, &opt.config.NKV, 1, 1024, .help = "gqa: key/value heads (a quarter of the heads, but not one alone)"},
+    {"--kv-heads", INT, &opt.config.NKV, 1, 1024, .help = "gqa: key/value heads (a quarter of 8 heads or more, half of fewer)"},
     {"--q-rank", INT, &opt.config.RQ, 0, 65536, .help = "mla: width of the query latent, 0 for none (channels/2)"},
     {"--kv-rank", INT, &opt.config.R, 1, 65536, .help = "mla: width of the key/value latent (2/3 of channels)"},
     {"--rope-dim", INT, &opt.config.RD, 2, 65536, .help = "decoupled: rotary part of a head (half of it)"},
@@ -2491,7 +2531,7 @@ static Option options[] = {
     {"data", .help = NULL},
     {"--train-data", TEXT, &opt.train_data, .help = "token file, or text, read as bytes (data/tinyshakespeare_train.bin)"},
     {"--val-data", TEXT, &opt.val_data, .help = "the same for validation (data/tinyshakespeare_val.bin)"},
-    {"--tokenizer", TEXT, &opt.tokenizer, .help = "its file (data/tinyshakespeare_tokenizer.bin with that data; else bytes)"},
+    {"--tokenizer", TEXT, &opt.tokenizer, .help = "its file (X_tokenizer.bin beside X_train.bin or X_val.bin; else bytes)"},
     {"--order", CHOICE, &opt.order, .choices = order_names, .help = "batches at random or sequential places (random)"},
     {"training", .help = NULL},
     {"--batch-size", INT, &opt.batch_size, 1, 65536, .help = "sequences in a micro-batch (8); or to generate side by side (1)"},
@@ -2505,7 +2545,7 @@ static Option options[] = {
     {"--weight-decay", DOUBLE, &opt.adam.weight_decay, 0, 1e3, .help = "on matrices (0.1)"},
     {"--beta1", DOUBLE, &opt.adam.beta1, 0, 0.999999, .help = "AdamW's (0.9)"},
     {"--beta2", DOUBLE, &opt.adam.beta2, 0, 0.999999, .help = "AdamW's (0.99)"},
-    {"--eps", DOUBLE, &opt.adam.eps, 0, 1, .help = "AdamW's (1e-8)"},
+    {"--eps", DOUBLE, &opt.adam.eps, 1e-30, 1, .help = "AdamW's (1e-8)"},
     {"--grad-clip", DOUBLE, &opt.grad_clip, 0, 1e9, .help = "largest gradient norm, 0 for no limit (1)"},
     {"--dropout", DOUBLE, &opt.dropout, 0, 0.99, .help = "probability, on embedding, attention and MLP outputs (0)"},
     {"--seed", LONG, &opt.seed, 0, 9e15, .help = "of all randomness (1337)"},
@@ -2562,6 +2602,7 @@ static void option_set(Option *o, const char *text) {
 static void parse_options(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         Option *o = options;
+        if (!strcmp(argv[i], "-h")) argv[i] = "--help";
         while (o < options + N_OPTIONS && (!o->help || strcmp(o->name, argv[i]))) o++;
         if (o == options + N_OPTIONS) fail(2, "%s: no such option; --help lists them", argv[i]);
         if (o->given++) fail(2, "%s: given twice", o->name);
@@ -2574,17 +2615,28 @@ static void parse_options(int argc, char **argv) {
 // A model's shape given along with --load must be that of the checkpoint.
 static void check_against(const Config *loaded, const char *path) {
     for (Option *o = options; o < options + N_OPTIONS; o++) {
+        if (!o->given) continue;
         ptrdiff_t offset = (char *)o->at - (char *)&opt.config;
-        if (!o->given || offset < 0 || offset >= (ptrdiff_t)sizeof opt.config) continue;
+        if (offset < 0 || offset >= (ptrdiff_t)sizeof opt.config) continue;
         int found = *(const int *)((const char *)loaded + offset), wanted = *(int *)o->at;
         if (found == wanted) continue;
-        if (o->choices) fail(1, "%s %s: %s has %s", o->name, o->choices[wanted], path, o->choices[found]);
-        fail(1, "%s %d: %s has %d", o->name, wanted, path, found);
+        if (o->choices) fail(2, "%s %s: %s has %s", o->name, o->choices[wanted], path, o->choices[found]);
+        fail(2, "%s %d: %s has %d", o->name, wanted, path, found);
     }
 }
 
+// X_tokenizer.bin, if there is one, for data named X_train.bin or X_val.bin; else NULL.
+static const char *tokenizer_beside(const char *data) {
+    static char path[PATH_MAX];
+    const char *end = data ? strrchr(data, '_') : NULL;
+    if (!end || (strcmp(end, "_train.bin") && strcmp(end, "_val.bin"))) return NULL;
+    snprintf(path, sizeof path, "%.*s_tokenizer.bin", (int)(end - data), data);
+    return access(path, R_OK) ? NULL : path;
+}
+
 static void check_data(const Data *d, const Model *m, long needed) {
-    if (d->largest >= m->c.V) fail(1, "%s: token %d, expected less than the vocabulary, %d", d->path, d->largest, m->c.V);
+    if (d->largest >= m->c.V)
+        fail(1, "%s: token %d, expected less than the model's vocabulary, %d: made with another tokenizer?", d->path, d->largest, m->c.V);
     if (d->n < needed) fail(1, "%s: %ld tokens, expected at least %ld for a batch", d->path, d->n, needed);
 }
 
@@ -2612,14 +2664,14 @@ int main(int argc, char **argv) {
     if (opt.batch_size == -1) opt.batch_size = generating ? 1 : 8;
 
     // Data: what was named, else tinyshakespeare if prepared, else this repository's own text.
-    static const char prepared[] = "data/tinyshakespeare_train.bin", vocabulary[] = "data/tinyshakespeare_tokenizer.bin";
+    static const char prepared[] = "data/tinyshakespeare_train.bin";
     Data train_data = {0}, val_data = {0};
-    if (!opt.train_data && !opt.val_data && !access(prepared, R_OK)) {
+    if (!opt.train_data && !opt.val_data && !access(prepared, R_OK))
         opt.train_data = prepared, opt.val_data = "data/tinyshakespeare_val.bin";
-        if (!opt.tokenizer && !access(vocabulary, R_OK)) opt.tokenizer = vocabulary;
-    }
+    if (!opt.tokenizer) opt.tokenizer = tokenizer_beside(opt.train_data ? opt.train_data : opt.val_data);
     Tokenizer tokenizer = opt.tokenizer ? tokenizer_load(opt.tokenizer) : tokenizer_bytes();
-    if (generating) {
+    if (generating || (training && opt.steps == 0 && !opt.train_data)) {
+        // no data needed
     } else if (!opt.train_data && !opt.val_data) {
         printf("No data prepared: using this repository's own text, byte by byte. For Shakespeare: make shakespeare\n");
         data_own_text(&train_data, &val_data);
@@ -2644,21 +2696,24 @@ int main(int argc, char **argv) {
         if (opt.seq_len == -1) opt.seq_len = 128;
         if (c->attention == -1) c->attention = MLA;
         if (c->position == -1) c->position = c->attention == MLA ? DECOUPLED : ROPE;
+        if (c->latent_norm != -1 && c->attention != MLA) fail(2, "--latent-norm: attention %s has no latent", attention_names[c->attention]);
         if (c->latent_norm == -1) c->latent_norm = LAYERNORM;
         if (c->L == -1) c->L = 4;
         if (c->NH == -1) c->NH = 4;
         if (c->C == -1) c->C = 128;
         if (c->V == -1) c->V = opt.tokenizer ? tokenizer.V : max_int(train_data.largest, val_data.largest) < 256 ? 256 : 50257;
         c->block_size = opt.seq_len;
-        config_complete(c, "options");
+        config_complete(c, 2, "options");
         m = model_create(c, updating);
         model_init(m, opt.seed);
     }
     if (opt.tokenizer && tokenizer.V > m->c.V) fail(1, "%s: vocabulary %d, the model's is %d", opt.tokenizer, tokenizer.V, m->c.V);
-    if (!opt.tokenizer && generating && m->c.V > 256) fail(2, "--generate: expected --tokenizer FILE, the model's vocabulary is %d", m->c.V);
-    if (opt.seq_len > m->c.block_size) fail(1, "--seq-len %d: the model's block size is %d", opt.seq_len, m->c.block_size);
+    if (!opt.tokenizer && m->c.V != 256) tokenizer.V = 0;  // what its tokens stand for is not known
+    if (!opt.tokenizer && generating && m->c.V != 256) fail(2, "--generate: expected --tokenizer FILE, the model's vocabulary is %d", m->c.V);
+    if (opt.seq_len > m->c.block_size) fail(2, "--seq-len %d: the model's block size is %d", opt.seq_len, m->c.block_size);
     if (opt.min_lr < 0) opt.min_lr = opt.learning_rate / 10;
-    if (opt.warmup < 0) opt.warmup = opt.schedule == CONSTANT ? 0 : opt.steps / 20;
+    if (opt.min_lr > opt.learning_rate) fail(2, "--min-lr %g: expected at most the learning rate, %g", opt.min_lr, opt.learning_rate);
+    if (opt.warmup < 0) opt.warmup = opt.schedule == CONSTANT ? 0 : (opt.steps + 19) / 20;
     if (val_data.n) check_data(&val_data, m, 2);
     if (train_data.n) check_data(&train_data, m, opt.order == SEQUENTIAL ? (long)B * opt.seq_len + 1 : opt.seq_len + 1);
     print_model(m);
@@ -2672,7 +2727,8 @@ int main(int argc, char **argv) {
         m->dropout = opt.dropout;
         if (updating) {
             model_reserve(m, B, opt.seq_len, 1);
-            printf("%ld tokens of %s, %d threads\n", train_data.n, train_data.path, omp_get_max_threads());
+            printf("%ld tokens of %s, %d threads%s\n", train_data.n, train_data.path, omp_get_max_threads(),
+                   val_data.n ? "" : "; no validation without --val-data");
         }
         train(m, &opt, &train_data, val_data.n ? &val_data : NULL, &tokenizer);
     }
