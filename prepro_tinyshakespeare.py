@@ -111,7 +111,7 @@ def fetch(url):
         if type(e) is urllib.error.URLError:  # a wrapper around the error that matters
             e = e.reason
         sys.exit(f"error: cannot fetch {url}: {one_line(e)}; fetch it by hand and pass "
-                 f"--input FILE, or name a mirror with --url")
+                 f"python3 prepro_tinyshakespeare.py --input FILE, or name a mirror with --url")
     finally:
         if text:
             print()  # end the progress line
@@ -125,6 +125,8 @@ def get_text(args):
         if difference(text):
             print(f"note: {args.input} is not the known tinyshakespeare ({difference(text)}), "
                   f"so losses will not compare")
+        elif not os.path.exists(kept):
+            write_files({kept: text})  # so that a later run need not be told again
         return text, args.input
     if os.path.exists(kept):
         text = read_file(kept, "--out-dir")

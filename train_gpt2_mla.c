@@ -658,6 +658,7 @@ static void matmul_serial(real *c, long c_row, Mat a, Mat b, int M, int N, int K
 // order: the result does not depend on the number of threads.
 
 enum { PIECES = 32 };
+enum { SMALL = 8192 };  // up to so many numbers, a loop is done sooner than other threads are woken
 
 // out[i] += sum over pieces of partial[piece][i], i < n
 static void add_pieces(real *out, const real *partial, long piece_row, int n) {
@@ -714,7 +715,7 @@ static void norm_statistics(const real *x, int n, int kind, real *mean, real *rs
 // y (N, n) from x (N, n) whose rows are x_row apart; w, b (n).
 static void norm_forward(real *y, const real *x, long x_row, const real *w, const real *b, int N,
                          int n, int kind) {
-    #pragma omp parallel for
+    #pragma omp parallel for if (N > 1)
     for (int t = 0; t < N; t++) {
         const real *xt = x + t * x_row;
         real *yt = y + (long)t * n, mean, rstd;
@@ -815,7 +816,7 @@ static real exp_row(real *x, int n, real scale, real max) {
 #define GELU_2U(x) ((real)1.5957691216057308 * ((x) + (real)0.044715 * (x) * (x) * (x)))
 
 static void gelu_forward(real *y, const real *x, long n) {
-    #pragma omp parallel for simd
+    #pragma omp parallel for simd if (parallel : n > SMALL)
     for (long i = 0; i < n; i++) y[i] = x[i] / (1 + fast_exp(-GELU_2U(x[i])));
 }
 
@@ -842,7 +843,7 @@ static inline real dropout_scale(const Model *m, uint64_t where, long i) {
 // y = x + dropout(branch), n numbers: the residual connection (1)
 static void residual_forward(const Model *m, real *y, const real *x, const real *branch, long n, int where) {
     if (m->dropout == 0) {
-        #pragma omp parallel for simd
+        #pragma omp parallel for simd if (parallel : n > SMALL)
         for (long i = 0; i < n; i++) y[i] = x[i] + branch[i];
     } else {
         #pragma omp parallel for
@@ -875,7 +876,7 @@ static real *element(View x, long t, int h) { return x.p + t * x.token + h * x.h
 // x (N, heads, RD) at positions first .. first+T-1, N a multiple of T.
 static void rotate(const Model *m, View x, int heads, int N, int T, int first, int sign) {
     int half = m->c.RD / 2;
-    #pragma omp parallel for
+    #pragma omp parallel for if (N > 1)
     for (int n = 0; n < N; n++) {
         const real *c = m->rope_cos + (long)(first + n % T) * half;
         const real *s = m->rope_sin + (long)(first + n % T) * half;
@@ -1191,7 +1192,7 @@ static void cache_append(Model *m, int l, const Acts *acts, int B, int T) {
     Cache *cache = m->cache;
     Heads from = heads_of(m, acts), to = cache_heads(m, l);
     size_t R = c->R, rope = from.rope;
-    #pragma omp parallel for collapse(2)
+    #pragma omp parallel for collapse(2) if (B * T > 1)
     for (int b = 0; b < B; b++)
         for (int t = 0; t < T; t++) {
             long n = (long)b * T + t, at = cache->used + t;
@@ -1373,7 +1374,7 @@ static void model_free(Model *m) {
 static void embedding_forward(Model *m, real *x, const int *tokens, int N, int T, int first) {
     int C = m->c.C;
     const real *wte = m->w[0][WTE], *wpe = m->w[0][WPE];
-    #pragma omp parallel for
+    #pragma omp parallel for if (N > 1)
     for (long n = 0; n < N; n++)
         for (int i = 0; i < C; i++) {
             real sum = wte[(long)tokens[n] * C + i] + (wpe ? wpe[(first + n % T) * C + i] : 0);

@@ -33,13 +33,14 @@ static double median(double *x, int n) {
 // GB/s at which all threads together read a gigabyte.
 static double read_bandwidth(void) {
     static real *x;
-    static volatile double sink;
+    volatile double sink;
     long n = (1L << 30) / sizeof(real);
     if (!x) x = allocate(n * sizeof(real), "bandwidth");
     double start = seconds(), sum = 0;
     #pragma omp parallel for simd reduction(+:sum)
     for (long i = 0; i < n; i++) sum += x[i];
     sink = sum;
+    (void)sink;
     return n * sizeof(real) / (seconds() - start) / 1e9;
 }
 
@@ -47,7 +48,7 @@ static double read_bandwidth(void) {
 static double multiply_add_peak(void) {
     long steps = 20000000;
     int threads = omp_get_max_threads();
-    static volatile real sink;
+    volatile real sink = 0;
     double start = seconds();
     #pragma omp parallel
     {
@@ -61,6 +62,7 @@ static double multiply_add_peak(void) {
         real sum = 0;
         for (int i = 0; i < 12; i++) sum += acc[i][0];
         sink = sum;
+        (void)sink;
     }
     return 24.0 * VW * steps * threads / (seconds() - start) / 1e9;
 }
@@ -71,7 +73,7 @@ static void run(Row *rows, int n, int L, int NH, int C, int context, int B, doub
     for (int r = 0; r < n; r++) {
         Config c = {.attention = rows[r].attention, .position = rows[r].position, .latent_norm = LAYERNORM, .L = L, .NH = NH,
                     .NKV = rows[r].NKV, .C = C, .block_size = context + 64, .V = 256, .RQ = -1, .R = rows[r].R, .RD = -1};
-        config_complete(&c, "decode_speed");
+        config_complete(&c, 1, "decode_speed");
         rows[r].m = model_create(&c, 0);
         model_init(rows[r].m, 1);
         model_reserve(rows[r].m, B, 1, 0);

@@ -2,8 +2,7 @@
 """Shows that the tests can fail.
 
 Applies one small mistake at a time to a temporary copy of train_gpt2_mla.c, runs `make test`
-there and reports whether the tests noticed: caught, with the number of checks that failed, or
-MISSED. The mistakes are such as one makes: a sign, a dropped term, a wrong index, stride or scale.
+there and reports whether the tests noticed: caught, with the first check that failed, or MISSED. The mistakes are such as one makes: a sign, a dropped term, a wrong index, stride or scale.
 
     dev/mutate.py                         all of them
     dev/mutate.py rope attention_backward those of functions so named
@@ -24,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -42,14 +42,15 @@ MUTATIONS = [
     ("random_stream", "(seed, purpose)", "(0, purpose)", "the seed is ignored"),
     ("config_complete", "c->RQ = c->C / 2", "c->RQ = c->C / 3", "default q_rank"),
     ("config_complete", "c->R = 2 * c->C / 3", "c->R = c->C / 2", "default kv_rank"),
-    ("config_complete", ": c->HS / 2", ": c->HS / 4", "default rope_dim"),
-    ("config_complete", ": c->NH / 4", ": c->NH / 2", "default kv-heads of gqa"),
+    ("config_complete", ": c->HS / 4 * 2", ": c->HS / 8 * 2", "default rope_dim"),
+    ("config_complete", "? c->NH / 4 :", "? c->NH / 8 :", "default kv-heads of gqa"),
     ("config_complete", "== MQA ? 1", "== MQA ? 2", "mqa with two kv heads"),
     ("config_complete", "== DECOUPLED ? c->HS - c->RD : c->HS", "!= LEARNED ? c->HS - c->RD : c->HS",
      "position rope takes the rotary part from the kv heads"),
     ("config_complete", "c->NH * c->HS + c->NKV * c->NOPE", "c->NH * c->HS + c->NH * c->NOPE", "a key for every query head"),
     ("cache_floats", "c->HS - c->NOPE", "c->RD", "rotary part counted twice where it is the whole head"),
     ("cache_floats", "c->R + rope", "c->R", "mla without its rotary key"),
+    ("cache_mode", "? CACHE_ABSORBED :", "? CACHE_LATENT :", "mla does not absorb by itself"),
     ("cache_floats", "(c->NOPE + c->HS) + rope", "(c->NOPE + c->HS)", "mha decoupled without its rotary key"),
     ("cache_floats", "c->NKV * (", "c->NH * (", "every query head's key and value"),
     ("describe_tensors", "C, NH * HS, RESIDUAL", "C, NH * HS, NORMAL", "attention's c_proj at full size"),
@@ -64,8 +65,8 @@ MUTATIONS = [
     ("model_create", "= sin(angle)", "= -sin(angle)", "turns the wrong way"),
     ("model_create", "m->n_params += t->size", "m->n_params = block.used", "padding counted as parameters"),
     ("model_init", "sqrt(2.0 * m->c.L)", "sqrt(m->c.L)", "residual projections too large"),
-    ("model_init", "STREAM_INIT, i)", "STREAM_INIT, 0)", "every tensor starts with the same numbers"),
-    ("model_init", "(std * random_normal(key, k))", "(std * random_normal(key, k % 64))", "rows repeat"),
+    ("model_init", "hash_bytes(t->name, strlen(t->name))", "0", "every tensor starts with the same numbers"),
+    ("model_init", "(std * random_normal(key, k))", "(std * random_normal(key, k % t->cols))", "every row the same"),
     ("model_init", ": 0.02;", ": 0.2;", "standard deviation"),
 
     # --- 3: matrix product
@@ -73,19 +74,31 @@ MUTATIONS = [
     ("tile_kernel", "acc[i][0] += a[i] * b0", "acc[i][0] = a[i] * b0", "the last k only"),
     ("tile_kernel", "i * start_row + j * VW", "i * start_row", "first half of the start twice"),
     ("tile_kernel", "c + i * c_row + j * VW", "c + i * NR + j * VW", "rows of c close together"),
+    ("tile_kernel", "b += b_row", "b += NR", "b taken for packed"),
     ("tile_kernel", "a += MR", "a += NR", "stride of a"),
     ("tile_edge", "start + i * start_row", "start", "first row of the start for all"),
     ("tile_edge", "memcpy(c + i * c_row, t + i * NR, cols * ", "memcpy(c + i * c_row, t + i * NR, NR * ", "writes past the edge"),
     ("tile_edge", "memcpy(t + i * NR, ", "memcpy(t + i * cols, ", "stride of the copy in"),
-    ("tile_edge", "tile_kernel(K, a, b, t, NR, t, NR)", "tile_kernel(K, a, b, t, NR, NULL, 0)", "no start at edges"),
+    ("tile_edge", "b_row, t, NR, t, NR)", "b_row, t, NR, NULL, 0)", "no start at edges"),
     ("multiply_panels", "start + i * start_row + j", "start + i * start_row", "bias of the first columns for all"),
     ("multiply_panels", "a + (long)i * K", "a + (long)i * MR", "panel of a"),
     ("multiply_panels", "i + MR <= M && j + NR <= N", "i + MR <= M", "full tiles at the right edge"),
     ("pack", "square[x][y] = s[y * line + x]", "square[y][x] = s[y * line + x]", "the square not transposed"),
     ("pack", "(long)(i / W) * W * K + i % W + k * W", "(long)(i / W) * W * K + k * W", "wide panels: second square on the first"),
-    ("pack", "src + k * deep + i * line", "src + k * deep + i", "stride between lines"),
+    ("pack", "src + k * deep + i * line", "src + k * line + i * line", "stride between numbers"),
     ("pack", "min_int(8, K - k)", "min_int(7, K - k)", "the last k of a ragged square"),
     ("pack", "y < n - i; y++) d[y]", "y < n - i - 1; y++) d[y]", "last line of a ragged panel"),
+    ("matmul_few", "a.p + i * a.row", "a.p", "every four rows are the first"),
+    ("matmul_few", "min_int(i + 3, M - 1)", "min_int(i + 3, M - 2)", "the last row of a"),
+    ("matmul_few", "min_int(j + 1, N - 1)", "j", "every other column"),
+    ("matmul_few", "s21 += a2[k] * b1[k]", "s21 += a2[k] * b0[k]", "one of eight sums"),
+    ("matmul_few", "start[(i + y) * start_row + j + x]", "start[(i + y) * start_row + j]", "start of every other column"),
+    ("matmul_few", "k0 ? c0 : start ?", "start ?", "later blocks of k start afresh"),
+    ("matmul_few", "b.p + k0 * b.row, b.row", "b.p, b.row", "every block of k is the first"),
+    ("matmul", "M <= FEW && a.col == 1", "M <= FEW", "few rows, though a is transposed"),
+    ("matmul", "(Mat){b.p + j * b.col, 1, b.col}", "(Mat){b.p, 1, b.col}", "few rows: every piece of columns is the first"),
+    ("matmul", "start ? start + j : NULL", "start", "few rows: bias of the first columns for all"),
+    ("matmul", "i0 += block", "i0 += MC", "rows between blocks left out"),
     ("matmul", "k0 ? c0 : start ?", "start ?", "later blocks of k start afresh"),
     ("matmul", "k0 ? c_row : start_row", "start_row", "later blocks of k with the bias's stride"),
     ("matmul", "start + i0 * start_row + j0", "start + i0 * start_row", "bias of the first columns for all"),
@@ -133,8 +146,8 @@ MUTATIONS = [
     ("norm_backward", "db, m->partial + n", "db, m->partial", "db from dw's sums"),
     ("norm_backward", "p + 1) / PIECES", "p + 1) / PIECES - 1", "the last token of each piece is dropped"),
     ("fast_exp", "+ n * 2.12194440e-4f", "- n * 2.12194440e-4f", "sign of ln 2's second part"),
-    ("fast_exp", "0.166664312f", "0.166666667f", "Taylor's coefficient in the best polynomial"),
-    ("fast_exp", " + r * 0.00138436441f", "", "degree 5"),
+    ("fast_exp", "0.16666521f", "0.16666667f", "Taylor's coefficient in the best polynomial"),
+    ("fast_exp", " + r * 0.00138146f", "", "degree 5"),
     ("fast_exp", "x < -87.0f ? -87.0f :", "", "no clamp below"),
     ("fast_exp", "x < -87.0f ? -87.0f : x", "x >= -87.0f ? x : -87.0f; x = x", "NaN becomes a number"),
     ("fast_exp", "return exp(x)", "return expf(x)", "float in the double build"),
@@ -165,18 +178,18 @@ MUTATIONS = [
     ("residual_backward", "* dropout_scale(m, where, i)", "", "no dropout"),
     ("residual_backward", "dropout_scale(m, where, i)", "dropout_scale(m, where + 1, i)", "another place's mask"),
     ("residual_backward", "return dy;", "{ for (long i = 0; i < n; i++) d_branch[i] = dy[i] / 2; return d_branch; }", "half"),
-    ("rope", "- sign * b * s[i]", "- b * s[i]", "backward turns forward, half of it"),
-    ("rope", "+ sign * a * s[i]", "+ a * s[i]", "backward turns forward, the other half"),
-    ("rope", "a * c[i] - sign", "a * c[i] + sign", "not a rotation"),
-    ("rope", "m->rope_sin + (long)(first + n % T)", "m->rope_sin + (long)(first + n)", "positions run on into the next sequence"),
-    ("rope", "*hi = lo + half", "*hi = lo + 1", "neighbours paired"),
-    ("rope", "h * x.head", "h * 2 * half", "heads assumed adjacent"),
-    ("rope", "b * c[i] + sign * a", "b * c[i] + sign * lo[i]", "uses the turned number"),
+    ("rotate", "- sign * b * s[i]", "- b * s[i]", "backward turns forward, half of it"),
+    ("rotate", "+ sign * a * s[i]", "+ a * s[i]", "backward turns forward, the other half"),
+    ("rotate", "a * c[i] - sign", "a * c[i] + sign", "not a rotation"),
+    ("rotate", "m->rope_sin + (long)(first + n % T)", "m->rope_sin + (long)(first + n)", "positions run on into the next sequence"),
+    ("rotate", "*hi = lo + half", "*hi = lo + 1", "neighbours paired"),
+    ("rotate", "element(x, n, h)", "element(x, n, 0) + h * 2 * half", "heads assumed adjacent"),
+    ("rotate", "b * c[i] + sign * a", "b * c[i] + sign * lo[i]", "uses the turned number"),
 
     # --- 5: attention core
     ("rope_part", "a->q.p + a->nope", "a->q.p", "rotary queries from the head's start"),
-    ("strip_scores", "a->nope > 0)", "0)", "rotary scores overwrite the others"),
-    ("strip_scores", "a->nope > 0)", "1)", "rotary scores added to what was there"),
+    ("strip_scores", "keys, a->rope, 1)", "keys, a->rope, 0)", "rotary scores overwrite the others"),
+    ("strip_scores", "keys, a->nope, 0)", "keys, a->nope, 1)", "scores added to what was there"),
     ("strip_scores", "tokens_of(a->k, k0, g)", "tokens_of(a->k, k0, 0)", "all heads read the first key head"),
     ("strip_scores", "tokens_of(a->q, q0, h)", "tokens_of(a->q, q0, g)", "query head of the group's number"),
     ("strip_scores", "tokens_of(a->k_rope, k0, g)", "tokens_of(a->k_rope, q0, g)", "rotary keys from the queries' tokens"),
@@ -219,6 +232,18 @@ MUTATIONS = [
     ("attention_backward", "transpose(tokens_of(a->v, first, g))", "transpose(tokens_of(a->v, first, 0))", "dp from the first value head"),
     ("attention_backward", "lse[(q0 + i) * a->heads + h]", "lse[(first + i) * a->heads + h]", "every strip has the first's lse"),
     ("attention_backward", "Mat to_keys = transposed(ds, keys)", "Mat to_keys = transposed(p, keys)", "p for ds in dk"),
+    ("attention_decode", "sqrt(m->c.HS)", "sqrt(a->nope + a->rope)", "absorbed: scale by the width of what is multiplied"),
+    ("attention_decode", "n = min_int(CHUNK, keys - first)", "n = min_int(CHUNK, keys - first - 1)", "does not see its own token"),
+    ("attention_decode", "chunks = (keys + CHUNK - 1) / CHUNK", "chunks = max_int(1, keys / CHUNK)", "the last, short chunk dropped"),
+    ("attention_decode", "element(a->q, b, g * group)", "element(a->q, b, g)", "queries of the first group"),
+    ("attention_decode", "part[r * row + a->value] = max", "part[r * row + a->value] = scale * max", "maximum scaled twice"),
+    ("attention_decode", "fast_exp(scale * (part[a->value] - max))", "fast_exp(part[a->value] - max)", "chunks weighted without the scale"),
+    ("attention_decode", "real w = fast_exp(scale * (part[a->value] - max));", "real w = 1;", "chunks not weighted"),
+    ("attention_decode", "max = fmax(max, part[(long)c * group * row + a->value])", "max = part[a->value]", "relative to the first chunk"),
+    ("attention_decode", "h / group) * chunks * group + h % group", "h % a->kv_heads) * chunks * group + h / a->kv_heads", "groups interleaved"),
+    ("attention_decode", "group, n, a->rope, s, n)", "group, n, a->rope, NULL, 0)", "rotary scores overwrite the others"),
+    ("attention_decode", " + b * a->v_sequence", "", "values of the first sequence"),
+    ("attention_decode", "element(a->k_rope, first, g)", "element(a->k_rope, 0, g)", "rotary keys of the first chunk"),
 
     # --- 6: front ends
     ("heads_of", "acts->kv + NOPE, kv_row", "acts->kv + HS, kv_row", "mla: place of the values"),
@@ -228,11 +253,11 @@ MUTATIONS = [
     ("heads_of", "k_rope = k + NKV * NOPE", "k_rope = k + NH * NOPE", "keys counted by query heads"),
     ("heads_of", "(View){acts->qkv + k, row, NOPE}", "(View){acts->qkv + k, row, HS}", "stride of key heads"),
     ("heads_of", "acts->qkv + v, row", "acts->qkv + k, row", "values are the keys"),
-    ("rope_heads", "rope(m, a->q, c->NH, N, T, first, sign)", "rope(m, a->q, c->NH, N, T, first, 1)", "queries' gradient turned on"),
-    ("rope_heads", "rope(m, a->k, c->NKV, N", "rope(m, a->k, 1, N", "only the first key head turned"),
-    ("rope_heads", "a->q.p + c->NOPE", "a->q.p", "turns the head's start"),
-    ("rope_heads", "rope(m, a->k_rope, 1, N, T, first, sign)", "rope(m, a->k_rope, 1, N, T, first, 1)", "rotary key's gradient turned on"),
-    ("rope_heads", "rope(m, a->k_rope, 1", "rope(m, a->k_rope, c->NH", "one key turned once per head"),
+    ("rope_heads", "rotate(m, a->q, c->NH, N, T, first, sign)", "rotate(m, a->q, c->NH, N, T, first, 1)", "queries' gradient turned on"),
+    ("rope_heads", "rotate(m, a->k, c->NKV, N", "rotate(m, a->k, 1, N", "only the first key head turned"),
+    ("rope_heads", "rotate(m, rope_part(a)", "rotate(m, a->q", "turns the head's start"),
+    ("rope_heads", "rotate(m, a->k_rope, 1, N, T, first, sign)", "rotate(m, a->k_rope, 1, N, T, first, 1)", "rotary key's gradient turned on"),
+    ("rope_heads", "rotate(m, a->k_rope, 1", "rotate(m, a->k_rope, c->NH", "one key turned once per head"),
     ("qkv_forward", "m->w[l][ATTN_B]", "NULL", "no bias"),
     ("qkv_forward", "m->norm", "acts->x", "x not normed"),
     ("qkv_backward", "m->g[l][ATTN_B]", "NULL", "bias has no gradient"),
@@ -241,7 +266,10 @@ MUTATIONS = [
     ("mla_latents", "m->latent, acts->kv_a, c->R + c->HS - c->NOPE", "m->latent, acts->kv_a, c->R", "rotary key not skipped"),
     ("mla_latents", "w[QA_NORM_W], w[QA_NORM_B]", "w[KVA_NORM_W], w[KVA_NORM_B]", "the other latent's norm"),
     ("mla_latents", "N, c->R, c->latent_norm", "N, c->R, LAYERNORM", "always layernorm"),
-    ("mla_forward", "linear_forward(acts->kv, m->latent", "linear_forward(acts->kv, acts->kv_a", "latent not normed"),
+    ("mla_decompress", "rows_of(latent, latent_row)", "rows_of(latent, R)", "row stride where a rotary key follows the latent"),
+    ("mla_decompress", "m->w[l][KVB_W]", "m->w[0][KVB_W]", "first layer's weight"),
+    ("mla_forward", "acts->kv, m->latent, c->R", "acts->kv, acts->kv_a, kv_a", "latent not normed"),
+    ("mla_forward", "if (decompress) ", "if (0) ", "keys and values not made"),
     ("mla_forward", "linear_forward(acts->q, m->q_latent", "linear_forward(acts->q, acts->q_a", "query latent not normed"),
     ("mla_forward", "else linear_forward(acts->q, m->norm, w[Q_W]", "else linear_forward(acts->q, acts->x, w[Q_W]", "q_rank 0: x not normed"),
     ("mla_backward", "mla_latents(m, l, acts, N);", "", "latents of the layer above"),
@@ -254,8 +282,27 @@ MUTATIONS = [
     ("mla_backward", "w[KVA_W], N, C, kv_a, 0)", "w[KVA_W], N, C, kv_a, 1)", "d_norm adds to what was there"),
     ("mla_backward", "acts->kv_a, kv_a, w[KVA_NORM_W]", "acts->kv_a, R, w[KVA_NORM_W]", "rotary key not skipped"),
     ("mla_backward", "g[QA_NORM_W], g[QA_NORM_B], m->d_q_latent", "g[QA_NORM_W], NULL, m->d_q_latent", "norm's bias has no gradient"),
-    ("front_end_forward", "first, 1)", "first, -1)", "turned the wrong way"),
-    ("front_end_forward", "N, T, first", "N, N, first", "positions run on into the next sequence"),
+    ("cache_heads", "base + cache->B * keys, c->HS", "base + keys, c->HS", "values of one sequence over keys of the next"),
+    ("cache_heads", "cache->layers + l * cache->layer_size", "cache->layers", "layers share a cache"),
+    ("cache_heads", "capacity * c->NOPE}", "c->NOPE}", "heads overlap"),
+    ("cache_append", "at = cache->used + t", "at = t", "every token in the first's place"),
+    ("cache_append", "n = (long)b * T + t", "n = (long)b * T", "the prompt's first token again and again"),
+    ("cache_append", "memcpy(row, m->latent + n * R", "memcpy(row, acts->kv_a + n * (R + rope)", "latent before its norm"),
+    ("cache_append", "memcpy(row + R, element(from.k_rope, n, 0), rope", "memcpy(row + R, element(from.k_rope, n, 0), 0 * rope", "rotary key not kept"),
+    ("cache_append", "((long)b * cache->capacity + at)", "((long)b * cache->used + at)", "sequences overlap"),
+    ("decode_latent", "(long)b * m->cache->capacity * row", "(long)b * keys * row", "sequences where shorter ones would lie"),
+    ("decode_latent", "a.q.p = acts->q + (long)b * a.q.token", "a.q.p = acts->q", "queries of the first sequence"),
+    ("decode_latent", "m->cache->kv + c->NOPE, kv_row", "m->cache->kv + c->HS, kv_row", "place of the values"),
+    ("decode_absorbed", "+ NOPE) * R;", ") * R;", "W_UK for W_UV"),
+    ("decode_absorbed", "m->w[l][KVB_W] + (long)h * (NOPE + HS) * R", "m->w[l][KVB_W] + (long)h * NOPE * R", "W_UK's rows taken for adjacent"),
+    ("decode_absorbed", "element(q, b, h) + NOPE, rope", "element(q, b, h), rope", "rotary queries from the head's start"),
+    ("decode_absorbed", ".heads = NH,", ".heads = NH - 1,", "the last head is forgotten"),
+    ("decode_absorbed", "transposed(w_uv, R), B, HS, R", "transposed(w_uv, R), 1, HS, R", "output of the first sequence only"),
+    ("attention_block_forward", "rope_heads(m, &a, N, T, first, 1)", "rope_heads(m, &a, N, T, first, -1)", "turned the wrong way"),
+    ("attention_block_forward", "rope_heads(m, &a, N, T, first, 1)", "rope_heads(m, &a, N, N, first, 1)", "positions run on into the next sequence"),
+    ("attention_block_forward", "rope_heads(m, &a, N, T, first, 1)", "rope_heads(m, &a, N, T, 0, 1)", "every decoded token at position 0"),
+    ("attention_block_forward", "attention_decode(m, &cached, out, B, first + 1)", "attention_decode(m, &cached, out, B, first)", "does not see its own token"),
+    ("attention_block_forward", "first == 0 || mode == CACHE_FULL", "mode == CACHE_FULL", "a latent cache's prompt without keys and values"),
     ("attention_block_forward", "m->w[l][APROJ_B]", "NULL", "no bias"),
     ("attention_block_forward", "m->w[l][APROJ_W]", "m->w[0][APROJ_W]", "first layer's weight"),
     ("attention_block_backward", "sum += element", "sum = element", "rotary key's gradient from one head only"),
@@ -268,14 +315,15 @@ MUTATIONS = [
     ("attention_block_backward", "(View){m->d_k_rope, c->NKV * rope, rope}", "(View){m->d_k_rope, c->NKV * rope, 0}", "heads overwrite each other"),
 
     # --- 7: the network
-    ("embedding_forward", "n % T", "n", "positions run on into the next sequence"),
+    ("embedding_forward", "first + n % T", "first + n", "positions run on into the next sequence"),
+    ("embedding_forward", "first + n % T", "n % T", "every decoded token at position 0"),
     ("embedding_forward", "+ (wpe ?", "- (wpe ?", "sign of the positions"),
     ("embedding_forward", "dropout_scale(m, 0, n * C + i)", "dropout_scale(m, 0, n)", "whole tokens dropped"),
     ("embedding_forward", "m->dropout == 0 ? sum : sum * dropout_scale(m, 0, n * C + i)", "sum", "no dropout"),
     ("embedding_backward", "if (dwpe)", "if (0)", "positions have no gradient"),
     ("embedding_backward", "dwpe[(n % T) * C + i] +=", "dwpe[(n % T) * C + i] =", "positions: last sequence only"),
     ("embedding_backward", "dwte[(long)tokens[n] * C + i] +=", "dwte[(long)tokens[n] * C + i] =", "repeated tokens and the head overwritten"),
-    ("embedding_backward", "min_int(C, i0 + COLUMNS)", "min_int(C / COLUMNS * COLUMNS, i0 + COLUMNS)", "last columns dropped"),
+    ("embedding_backward", "min_int(C, i0 + OWN)", "min_int(C / OWN * OWN, i0 + OWN)", "last columns dropped"),
     ("embedding_backward", "(long)N * C, 0)", "(long)N * C, 1)", "another place's dropout"),
     ("block_forward", "residual_forward(m, y, acts->x_mid", "residual_forward(m, y, acts->x", "MLP's residual passes attention by"),
     ("block_forward", "m->norm, acts->x_mid, C, w[LN2_W]", "m->norm, acts->x, C, w[LN2_W]", "MLP reads the block's input"),
@@ -292,6 +340,7 @@ MUTATIONS = [
     ("block_backward", "m->d.fc, w[FC_W], N, C, 4 * C, 0)", "m->d.fc, w[FC_W], N, C, 4 * C, 1)", "d_norm adds to what was there"),
     ("forward", "m->acts[l + 1].x", "acts->x", "layers do not keep their inputs"),
     ("forward", "training ? l : 0", "0", "all layers share one set of activations"),
+    ("forward", "used += T", "used += 1", "a prompt counted as one token"),
     ("forward", "l < m->c.L;", "l < max_int(1, m->c.L - 1);", "the last layer is skipped"),
     ("head_forward", "m->w[0][WTE], NULL", "m->w[0][WTE], m->w[0][LNF_W]", "a bias that is none"),
     ("head_loss", "r0 += m->head_rows", "r0 += N", "first slice of tokens only"),
@@ -327,18 +376,27 @@ MUTATIONS = [
     ("adamw_update", "(real)sqrt(av[k] * correct2) + eps", "(real)sqrt(av[k] * correct2 + eps)", "eps under the root"),
     ("adamw_update", "(real)sqrt(av[k] * correct2) + eps", "(real)sqrt(av[k]) * correct2 + eps", "correction outside the root"),
     ("adamw_update", "(real)sqrt(av[k] * correct2) + eps", "(real)sqrt(av[k] * correct2)", "no eps"),
-    ("adamw_update", "(1 - b1) * g", "g", "momentum as in SGD"),
-    ("adamw_update", "(1 - b2) * g * g", "(1 - b1) * g * g", "the other beta"),
+    ("adamw_update", "one_b1 * g", "g", "momentum as in SGD"),
+    ("adamw_update", "one_b2 * g * g", "one_b1 * g * g", "the other beta"),
     ("adamw_update", "dw[k] * scale", "dw[k]", "clipping not applied"),
     ("adamw_update", "dw[k] = 0", "dw[k] = g", "gradients not cleared"),
-    ("learning_rate_at", "step < s->warmup", "step <= s->warmup", "warm-up a step longer"),
+    ("learning_rate_at", "step < s->warmup", "step + 1 < s->warmup", "warm-up a step shorter"),
     ("learning_rate_at", "(step + 1) / (s->warmup + 1)", "step / s->warmup", "first step of size zero"),
     ("learning_rate_at", "(s->steps - s->warmup);", "s->steps;", "does not reach the floor"),
     ("learning_rate_at", "(s->peak - s->floor)", "s->peak", "ends above the floor"),
     ("learning_rate_at", "0.5 * (1 + cos", "(1 + cos", "twice the peak"),
     ("learning_rate_at", "s->kind == CONSTANT ||", "", "constant decays too"),
 
-    # --- 9, 10, 11: batches, checkpoints, evaluation, sampling
+    # --- 9 to 12: encoding, batches, checkpoints, sampling, evaluation
+    ("character_class", "|| c >= 128", "", "bytes beyond ASCII are no letters"),
+    ("first_piece", "end < n && end > 1 ? end - 1", "0 ? end - 1", "white space keeps all before a word"),
+    ("first_piece", "text[0] == ' ' && n > 1", "0", "no word takes its space along"),
+    ("first_piece", "length <= n &&", "length < n &&", "no ending at the end of the text"),
+    ("tokenizer_index", "*place == -1 && n", "n", "of equal tokens the last counts"),
+    ("tokenizer_index", "(i != t->eot || n == 1)", "1", "text becomes the end of text"),
+    ("encode", "merged[i] < merged[best]", "merged[i] <= merged[best]", "of equal pairs the last merges first"),
+    ("encode", "changed - 1)", "changed)", "the pair before a merge not looked up again"),
+    ("encode", "i <= changed)", "i < changed)", "the pair after a merge not looked up again"),
     ("next_batch", "% (d->n - T)", "% (d->n - T - 1)", "random rows never reach the end"),
     ("next_batch", "random_bits(key, b)", "random_bits(key, 0)", "all rows of a batch the same"),
     ("next_batch", "STREAM_DATA, index)", "STREAM_DATA, 0)", "all random batches the same"),
@@ -363,7 +421,18 @@ MUTATIONS = [
     ("evaluate", "sum / e.tokens", "sum / (d->n - 1)", "some batches averaged as all"),
     ("evaluate", "sum / log(2)", "sum", "nats for bits"),
     ("evaluate", "token_length(tokenizer, y[k])", "1", "bytes per token"),
-    ("sample_token", "(logits[v] - max) / temperature", "(logits[v] - max) * temperature", "temperature upside down"),
+    ("kth_largest", "k <= j", "k < j", "stops short"),
+    ("kth_largest", "x[j] < pivot", "x[j] <= pivot", "runs past its bounds"),
+    ("decode", "m->x_final + (long)(T - 1) * C", "m->x_final", "logits after the prompt's first token"),
+    ("decode", "(long)T * C, m->w", "C, m->w", "rows of one sequence for several"),
+    ("generate", "logits + (long)b * V", "logits", "every sequence from the first's logits"),
+    ("generate", "STREAM_SAMPLE, b), i)", "STREAM_SAMPLE, 0), i)", "every sequence draws the same"),
+    ("generate", "STREAM_SAMPLE, b), i)", "STREAM_SAMPLE, b), 0)", "every token draws the same"),
+    ("generate", "cache->used = 0", "cache->used += 0", "cache of the text before"),
+    ("generate", "m->dropout = 0;", "m->dropout *= 1;", "dropout stays on"),
+    ("sample_token", "(logits[v] - max) / how->temperature", "(logits[v] - max) * how->temperature", "temperature upside down"),
+    ("sample_token", "how->top_k - 1)", "how->top_k)", "one more than top_k"),
+    ("sample_token", "logits[v] < least ? 0", "logits[v] <= least ? 0", "one less than top_k"),
     ("sample_token", "u * sum", "u", "probabilities not normalized"),
     ("sample_token", "logits[v] > logits[best]", "logits[v] < logits[best]", "the least likely"),
     ("sample_token", "running += logits[v]", "running = logits[v]", "not cumulative"),
@@ -372,7 +441,9 @@ MUTATIONS = [
 # Changes that change no result, to show that the tests do not just always fail; `what` is why.
 HARMLESS = [
     ("pack", "if (n % W) memset", "if (0) memset", "what pads a panel meets only sums that are never stored"),
+    ("pack", "src + k * deep + i * line", "src + k * deep + i", "of a matrix's two strides one is 1, and deep is not"),
     ("largest", "i + 16 <= n", "i + 16 < n", "the last loop takes what the first leaves"),
+    ("learning_rate_at", "step < s->warmup", "step <= s->warmup", "where the warm-up ends both rules give the peak"),
     ("model_create", "double angle = t *", "double angle = (t + 1) *", "turned queries meet turned keys: only differences count"),
     ("exp_row", "real sum = 0;", "real sum = -0.0;", "-0 + x is x"),
 ]
@@ -393,35 +464,35 @@ def mutant(source, name, old, new):
 
 
 def make(folder, *targets):
-    """Exit status of make and what it printed; None for the status if it took too long."""
-    process = subprocess.Popen(["make", *targets, CFLAGS], cwd=folder, env=ENVIRONMENT, text=True, errors="replace",
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    try:
-        output = process.communicate(timeout=TIMEOUT)[0]
-        return process.returncode, output
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # make, and the tests that it started
-        return None, process.communicate()[0]
+    return subprocess.Popen(["make", *targets, CFLAGS], cwd=folder, env=ENVIRONMENT, text=True, errors="replace",
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def verdict(tree, source):
-    """Why the tests fail on `source` in a copy of `tree`, "" if they pass; and the seconds they took."""
+    """The first check that fails on `source` in a copy of `tree`, "" if all pass; and the seconds that took."""
     start = time.time()
     with tempfile.TemporaryDirectory(prefix="mutate_") as folder:
         copy = shutil.copytree(tree, Path(folder) / "copy")
         (copy / SOURCE).write_text(source)
-        status, output = make(copy, "-j2", "test_mla", "test_mla_double")
-        if status != 0:
+        build = make(copy, "-j2", "test_mla", "test_mla_double")
+        output = build.communicate()[0]
+        if build.returncode:
             raise RuntimeError("does not compile:\n" + output)
-        status, output = make(copy, "test")
-    counts = re.findall(r"^(\d+) passed, (\d+) failed$", output, re.M)
-    if status is None:
-        why = f"over {TIMEOUT} s"
-    elif status == 0 and counts:
-        why = ""
-    else:
-        why = f"{counts[-1][1]} checks" if counts else "stopped"
-    return why, time.time() - start
+        test = make(copy, "test")
+        stop = lambda: os.killpg(test.pid, signal.SIGKILL)  # make, and the tests that it runs
+        timer = threading.Timer(TIMEOUT, stop)
+        timer.start()
+        failure = ""
+        for line in test.stdout:
+            if line.startswith("FAILED"):
+                failure = line.split(maxsplit=1)[1].strip()
+                stop()
+                break
+        if test.wait() and not failure:
+            failure = "stops early" if timer.is_alive() else f"takes over {TIMEOUT} s"
+        timer.cancel()
+        test.stdout.close()
+    return failure, time.time() - start
 
 
 def main():
@@ -453,29 +524,29 @@ def main():
     with tempfile.TemporaryDirectory(prefix="mutate_") as folder:
         tree = Path(folder) / "tree"  # as it is now, whatever is edited meanwhile
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "data", "doc", "train_gpt2_mla", "test_mla", "test_mla_double"))
-        why, took = verdict(tree, source)
-        if why:
-            print(f"dev/mutate.py: the tests do not pass on {SOURCE} as it is: {why}", file=sys.stderr)
+        failure, took = verdict(tree, source)
+        if failure:
+            print(f"dev/mutate.py: the tests do not pass on {SOURCE} as it is: {failure}", file=sys.stderr)
             return 2
-        print(f"{'':9} passes   {took:5.1f} s  {'':11}  {SOURCE} as it is", flush=True)
+        print(f"{'':9} passes {took:5.1f} s  {SOURCE} as it is", flush=True)
         pool = concurrent.futures.ThreadPoolExecutor(options.jobs)
         try:
             running = {pool.submit(verdict, tree, text): (name, what, harmless) for name, what, harmless, text in mutants}
             for done, future in enumerate(concurrent.futures.as_completed(running), 1):
                 name, what, harmless = running[future]
                 try:
-                    why, took = future.result()
+                    failure, took = future.result()
                 except RuntimeError as error:
                     wrong += 1
-                    print(f"{done:4}/{len(mutants):<4} ERROR    {name}: {what}: {error}", flush=True)
+                    print(f"{done:4}/{len(mutants):<4} ERROR   {name}: {what}: {error}", flush=True)
                     continue
                 if harmless:
-                    wrong += why != ""
-                    result, what = "CAUGHT" if why else "passes", "harmless: " + what
+                    wrong += failure != ""
+                    result, what = "CAUGHT" if failure else "passes", "harmless: " + what
                 else:
-                    caught, missed = caught + (why != ""), missed + (why == "")
-                    result = "caught" if why else "MISSED"
-                print(f"{done:4}/{len(mutants):<4} {result}   {took:5.1f} s  {why:11}  {name}: {what}", flush=True)
+                    caught, missed = caught + (failure != ""), missed + (failure == "")
+                    result = "caught" if failure else "MISSED"
+                print(f"{done:4}/{len(mutants):<4} {result} {took:5.1f} s  {name}: {what}{failure and ' | ' + failure}", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
     if wrong:
