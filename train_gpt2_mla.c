@@ -43,6 +43,7 @@ TO ADD YOUR OWN ATTENTION
 #include <errno.h>
 #include <limits.h>
 #include <math.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -1852,9 +1853,11 @@ static const ConfigKey config_keys[] = {
 };
 enum { CONFIG_KEYS = sizeof config_keys / sizeof *config_keys };
 
+// What a run needs beside parameters and moments to go on as if it had never stopped. Data and
+// randomness follow from step and seed.
 typedef struct {
-    long step;      // steps done
-    uint64_t seed;
+    long step;                // steps done
+    const char *settings;     // the options that shape a run, in words: a resumed run must have the same
 } RunState;
 
 // --- Writing
@@ -1865,7 +1868,7 @@ typedef struct {
 } Text;
 
 static void text_add(Text *t, const char *format, ...) {
-    char piece[256];
+    char piece[1024];
     va_list args;
     va_start(args, format);
     size_t n = vsnprintf(piece, sizeof piece, format, args);
@@ -1913,7 +1916,7 @@ static void checkpoint_save(const Model *m, const char *path, const RunState *st
         if (k->names) text_add(&head, ",\"%s\":\"%s\"", k->key, k->names[value]);
         else text_add(&head, ",\"%s\":\"%d\"", k->key, value);
     }
-    if (state) text_add(&head, ",\"step\":\"%ld\",\"seed\":\"%llu\"", state->step, (unsigned long long)state->seed);
+    if (state) text_add(&head, ",\"step\":\"%ld\",\"settings\":\"%s\"", state->step, state->settings);
     text_add(&head, "}");
     for (int part = 0; part < parts; part++)
         for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
@@ -2329,9 +2332,9 @@ static Generation generate(Model *m, Cache *cache, const int *prompt, int n_prom
 typedef struct {
     Config config;
     const char *train_data, *val_data, *tokenizer, *log, *save, *load, *prompt;
-    int order, schedule, batch_size, seq_len, grad_accum, val_every, val_batches, sample_every, eval, help;
+    int order, schedule, batch_size, seq_len, grad_accum, val_every, val_batches, sample_every, resume, eval, help;
     int generate, top_k, cache;
-    long steps, warmup, seed;
+    long steps, warmup, seed, save_every;
     double learning_rate, min_lr, grad_clip, dropout, temperature;
     AdamW adam;
 } Options;
@@ -2422,21 +2425,53 @@ static void print_duration(double s) {
     else printf("%.0fs", s);
 }
 
-static void train(Model *m, const Options *o, const Data *data, const Data *val, const Tokenizer *tokenizer) {
+// SIGINT and SIGTERM let the step at hand finish; a second one ends the program at once.
+static volatile sig_atomic_t stop_signal;
+
+static void on_signal(int number) {
+    stop_signal = number;
+    signal(number, SIG_DFL);
+}
+
+static const char log_header[] = "step,loss,lr,grad_norm,val_loss,tok_per_s,seconds\n";
+
+// Opens the log. A resumed run keeps the header and the rows of the steps that are done; the file is
+// replaced when that is written, so that an accident loses nothing.
+static FILE *log_open(const char *path, long done) {
+    size_t size = 0, kept = 0;
+    unsigned char *old = done && !access(path, F_OK) ? read_file(path, &size) : NULL;
+    for (long row = 0; row <= done && kept < size; row++) {
+        unsigned char *end = memchr(old + kept, '\n', size - kept);
+        if (!end) break;
+        kept = end + 1 - old;
+    }
+    check_writable(path);
+    char *name = temporary_name(path);
+    FILE *f = fopen(name, "wb");
+    if (!f) fail(1, "%s: cannot write: %s", name, strerror(errno));
+    if (kept) fwrite(old, 1, kept, f);
+    else fputs(log_header, f);
+    if (fflush(f) || rename(name, path)) fail(1, "%s: cannot write: %s", path, strerror(errno));
+    free(old), free(name);
+    return f;
+}
+
+// From step `done` to the last, with the moments of the model as they are.
+static void train(Model *m, const Options *o, const Data *data, const Data *val, const Tokenizer *tokenizer,
+                  const char *settings, long done) {
     int B = o->batch_size, T = o->seq_len, live = isatty(1);
     int *x = allocate(2 * sizeof(int) * B * T, "batch"), *y = x + B * T;
     Schedule schedule = {o->schedule, o->steps, o->warmup, o->learning_rate, o->min_lr};
-    RunState state = {.seed = o->seed};
+    RunState state = {.step = done, .settings = settings};
     Cache *cache = o->sample_every && o->steps ? cache_create(m, cache_mode(&m->c), 1, T) : NULL;  // for samples
     Sampling how = {o->temperature, o->top_k};
     int start_token = min_int(tokenizer->eot, m->c.V - 1);
-    FILE *log = o->log ? fopen(o->log, "w") : NULL;
-    if (o->log && !log) fail(1, "%s: cannot write: %s", o->log, strerror(errno));
+    FILE *log = o->log ? log_open(o->log, done) : NULL;
     if (o->save) check_writable(o->save);
-    if (log) fprintf(log, "step,loss,lr,grad_norm,val_loss,tok_per_s,seconds\n");
+    signal(SIGINT, on_signal), signal(SIGTERM, on_signal);
 
     double start = seconds(), stepping = 0;  // stepping: time without validation and samples
-    for (long step = 0; step < o->steps; step++) {
+    for (long step = done; step < o->steps && !stop_signal; step++) {
         double t0 = seconds(), loss = 0, lr = learning_rate_at(&schedule, step);
         for (int micro = 0; micro < o->grad_accum; micro++) {
             long index = step * o->grad_accum + micro;
@@ -2457,7 +2492,7 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
         int validate = val && (last || (o->val_every && (step + 1) % o->val_every == 0));
         int sample = last || (step + 1) % (o->sample_every ? o->sample_every : LONG_MAX) == 0;
         printf("step %ld/%ld | loss %.6f | lr %.1e | grad %.3g | tok/s %.0f | ETA ", step + 1, o->steps, loss, lr, norm, rate);
-        print_duration((seconds() - start) / (step + 1) * (o->steps - step - 1));
+        print_duration((seconds() - start) / (step + 1 - done) * (o->steps - step - 1));
         printf(!live ? "\n" : validate || sample ? "\033[K\n" : "\033[K\r");  // on a terminal the line stays in place
         fflush(stdout);
         Evaluation e = {0};
@@ -2476,15 +2511,20 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
             fprintf(log, ",%.0f,%.3f\n", rate, seconds() - start);
             if (fflush(log)) fail(1, "%s: cannot write: %s", o->log, strerror(errno));
         }
+        if (o->save && (last || stop_signal || (o->save_every && (step + 1) % o->save_every == 0))) checkpoint_save(m, o->save, &state);
     }
-    if (o->steps) {
-        printf("%ld steps in ", o->steps);
+    if (state.step > done) {
+        printf("%ld steps in ", state.step - done);
         print_duration(seconds() - start);
-        printf(", %.0f tokens/s\n", (double)B * T * o->grad_accum * o->steps / stepping);
+        printf(", %.0f tokens/s\n", (double)B * T * o->grad_accum * (state.step - done) / stepping);
     }
-    if (o->save) {
-        checkpoint_save(m, o->save, o->steps ? &state : NULL);
-        printf("saved %s\n", o->save);
+    if (o->save && o->steps == 0) checkpoint_save(m, o->save, NULL);
+    if (o->save) printf("saved %s\n", o->save);
+    if (stop_signal) {
+        printf("stopped by signal %d after step %ld%s\n", (int)stop_signal, state.step,
+               o->save ? "; the same command with --resume goes on from there" : ", nothing saved without --save FILE");
+        fflush(stdout);
+        exit(128 + stop_signal);
     }
     if (log) fclose(log);
     if (cache) cache_free(cache);
@@ -2556,7 +2596,9 @@ static Option options[] = {
     {"--sample-every", INT, &opt.sample_every, 0, INT_MAX, .help = "steps between samples, 0 for none (1000)"},
     {"--log", TEXT, &opt.log, .help = "CSV file of every step"},
     {"files", .help = NULL},
-    {"--save", TEXT, &opt.save, .help = "checkpoint to write at the end (safetensors)"},
+    {"--save", TEXT, &opt.save, .help = "checkpoint to write at the end, and when interrupted (safetensors)"},
+    {"--save-every", LONG, &opt.save_every, 0, 1e12, .help = "steps between further saves to it, 0 for none (0)"},
+    {"--resume", FLAG, &opt.resume, .help = "go on from --save FILE, which a run with the same options left"},
     {"--load", TEXT, &opt.load, .help = "checkpoint to start from"},
     {"modes (default: train)", .help = NULL},
     {"--eval", FLAG, &opt.eval, .help = "loss of the model --load over all validation data"},
@@ -2641,6 +2683,16 @@ static void check_data(const Data *d, const Model *m, long needed) {
     if (d->n < needed) fail(1, "%s: %ld tokens, expected at least %ld for a batch", d->path, d->n, needed);
 }
 
+// The options that shape a run, in words, once all defaults are chosen.
+static const char *settings(void) {
+    static char text[900];
+    snprintf(text, sizeof text, "order %s, batch %d x %d x %d, steps %ld, %s schedule: warmup %ld, lr %g to %g, decay %g, betas %g "
+             "%g, eps %g, clip %g, dropout %g, seed %ld", order_names[opt.order], opt.batch_size, opt.grad_accum,
+             opt.seq_len, opt.steps, schedule_names[opt.schedule], opt.warmup, opt.learning_rate, opt.min_lr, opt.adam.weight_decay,
+             opt.adam.beta1, opt.adam.beta2, opt.adam.eps, opt.grad_clip, opt.dropout, opt.seed);
+    return text;
+}
+
 static void print_model(const Model *m) {
     const Config *c = &m->c;
     long cache = cache_floats(c, cache_mode(c)), mha = 2L * c->L * c->C;
@@ -2662,6 +2714,8 @@ int main(int argc, char **argv) {
     if (opt.eval && generating) fail(2, "--eval and --generate: expected one of them");
     if (opt.prompt && !generating) fail(2, "--prompt: expected --generate N too");
     if (training && opt.val_data && !opt.train_data) fail(2, "--val-data: expected --train-data FILE too");
+    if (opt.resume && (!training || !opt.save || opt.load)) fail(2, "--resume: expected --save FILE, the run to go on with, and no --load");
+    if (opt.save_every && !opt.save) fail(2, "--save-every: expected --save FILE too");
     if (opt.batch_size == -1) opt.batch_size = generating ? 1 : 8;
 
     // Data: what was named, else tinyshakespeare if prepared, else this repository's own text.
@@ -2684,14 +2738,14 @@ int main(int argc, char **argv) {
 
     // Model: loaded, or new.
     Model *m;
+    Checkpoint checkpoint = {0};
     int B = opt.batch_size, updating = training && opt.steps > 0;
-    if (opt.load) {
-        Checkpoint checkpoint = checkpoint_open(opt.load);
+    if (opt.load || opt.resume) {
+        checkpoint = checkpoint_open(opt.load ? opt.load : opt.save);
         Config loaded = checkpoint_config(&checkpoint);
-        check_against(&loaded, opt.load);
+        check_against(&loaded, checkpoint.path);
         m = model_create(&loaded, updating);
-        checkpoint_read_model(&checkpoint, m, 0);
-        checkpoint_close(&checkpoint);
+        checkpoint_read_model(&checkpoint, m, opt.resume && updating);
         if (opt.seq_len == -1) opt.seq_len = loaded.block_size;
     } else {
         if (opt.seq_len == -1) opt.seq_len = 128;
@@ -2715,6 +2769,14 @@ int main(int argc, char **argv) {
     if (opt.min_lr < 0) opt.min_lr = opt.learning_rate / 10;
     if (opt.min_lr > opt.learning_rate) fail(2, "--min-lr %g: expected at most the learning rate, %g", opt.min_lr, opt.learning_rate);
     if (opt.warmup < 0) opt.warmup = opt.schedule == CONSTANT ? 0 : (opt.steps + 19) / 20;
+    long done = 0;
+    if (opt.resume) {
+        const char *was = checkpoint_meta(&checkpoint, "settings"), *step = checkpoint_meta(&checkpoint, "step");
+        if (!was || !step) fail(1, "%s: a model without a run's state, nothing to resume (--load starts from it)", opt.save);
+        if (strcmp(was, settings())) fail(1, "%s: its run had %s; this one has %s", opt.save, was, settings());
+        done = strtol(step, NULL, 10);
+    }
+    if (checkpoint.f) checkpoint_close(&checkpoint);
     if (val_data.n) check_data(&val_data, m, 2);
     if (train_data.n) check_data(&train_data, m, opt.order == SEQUENTIAL ? (long)B * opt.seq_len + 1 : opt.seq_len + 1);
     print_model(m);
@@ -2731,7 +2793,7 @@ int main(int argc, char **argv) {
             printf("%ld tokens of %s, %d threads%s\n", train_data.n, train_data.path, omp_get_max_threads(),
                    val_data.n ? "" : "; no validation without --val-data");
         }
-        train(m, &opt, &train_data, val_data.n ? &val_data : NULL, &tokenizer);
+        train(m, &opt, &train_data, val_data.n ? &val_data : NULL, &tokenizer, settings(), done);
     }
     model_free(m), tokenizer_free(&tokenizer), free(train_data.tokens), free(val_data.tokens);
     return 0;
