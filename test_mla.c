@@ -641,7 +641,7 @@ static void test_checkpoints(void) {
     close(mkstemp(a)), close(mkstemp(b));
     for (int k = 0; k < 6; k++) {
         Model *m = small_model(kinds[k][0], kinds[k][1], LAYERNORM, -1, 1, 8);
-        RunState state = {.step = 17, .settings = "as \\"it\\" was"};
+        RunState state = {.step = 17, .settings = "as it was"};
         for (size_t i = 0; i < m->block; i++) {  // floats, so that the double build loses nothing either
             m->params[i] = (float)m->params[i], m->adam_m[i] = (float)random_normal(1, i), m->adam_v[i] = (float)random_normal(2, i);
         }
