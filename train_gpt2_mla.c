@@ -574,9 +574,10 @@ static real b_shared[NC * KC];                       // the block of b that all 
 static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start,
                        long start_row) {
     if (b.row == 1) {  // columns of b are contiguous: dot products, 4 x 2 that share their loads
-        for (int j = 0; j < N; j += 2)
+        int half = (N + 1) / 2;  // columns j and j + half: two streams without gaps, as memory likes them
+        for (int j = 0; j < half; j++)
             for (int i = 0; i < M; i += 4) {  // at the edges some are computed twice
-                const real *b0 = b.p + j * b.col, *b1 = b.p + min_int(j + 1, N - 1) * b.col;
+                const real *b0 = b.p + j * b.col, *b1 = b.p + min_int(j + half, N - 1) * b.col;
                 const real *a0 = a.p + i * a.row, *a1 = a.p + min_int(i + 1, M - 1) * a.row;
                 const real *a2 = a.p + min_int(i + 2, M - 1) * a.row, *a3 = a.p + min_int(i + 3, M - 1) * a.row;
                 real s00 = 0, s01 = 0, s10 = 0, s11 = 0, s20 = 0, s21 = 0, s30 = 0, s31 = 0;
@@ -587,8 +588,10 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, c
                 }
                 real sums[4][2] = {{s00, s01}, {s10, s11}, {s20, s21}, {s30, s31}};
                 for (int y = 0; y < min_int(4, M - i); y++)
-                    for (int x = 0; x < min_int(2, N - j); x++)
-                        c[(i + y) * c_row + j + x] = (start ? start[(i + y) * start_row + j + x] : 0) + sums[y][x];
+                    for (int x = 0; x < (j + half < N ? 2 : 1); x++) {
+                        int at = j + x * half;
+                        c[(i + y) * c_row + at] = (start ? start[(i + y) * start_row + at] : 0) + sums[y][x];
+                    }
             }
     } else {  // rows of b are contiguous: tiles; b must be readable up to NR numbers past its last row
         for (int k0 = 0; k0 < K; k0 += KC)

@@ -4,20 +4,26 @@ It reads and writes the same checkpoints and the same data files, so either
 program can evaluate, train further or check what the other one made (optimizer
 moments are left to the C program). PyTorch and NumPy are all it needs.
 
-    python dev/gpt2_mla.py eval  --load model.safetensors --val-data val.bin
-    python dev/gpt2_mla.py train --load model.safetensors --train-data train.bin --steps 20
+    python dev/gpt2_mla.py eval   --load model.safetensors --val-data val.bin
+    python dev/gpt2_mla.py train  --load model.safetensors --train-data train.bin --steps 20
+    python dev/gpt2_mla.py decode --load model.safetensors --cache absorbed --context 1024
+
+Instead of --load FILE, --config n_layer=4,n_embd=128,... makes a new random model.
 
 Letters in the shape comments:
     B sequences   T positions   V vocabulary   C channels   HS = C/NH head size
     NH query heads    NKV key/value heads      R kv_rank    RQ q_rank
     RD rope_dim, the rotated part of a head    NOPE = HS - RD, the rest of it
+    S positions attended to: T, or when decoding, all that the cache holds
 """
 
 import argparse
 import json
 import math
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,12 +33,8 @@ from torch.nn import functional as F
 # ----------------------------------------------------------------------------
 # Configuration: exactly the __metadata__ of a checkpoint
 
-POSITIONS = {
-    "mha": ("learned", "rope", "decoupled"),
-    "gqa": ("learned", "rope"),
-    "mqa": ("learned", "rope"),
-    "mla": ("learned", "decoupled"),
-}
+POSITIONS = {"mha": ("learned", "rope", "decoupled"), "gqa": ("learned", "rope"),
+             "mqa": ("learned", "rope"), "mla": ("learned", "decoupled")}
 
 
 @dataclass
@@ -53,26 +55,24 @@ class Config:
     latent_norm: str = "layernorm"   # layernorm | rmsnorm | none, mla only
 
     def __post_init__(self):
-        if self.position not in POSITIONS.get(self.attention, ()):
-            raise ValueError(f"no attention {self.attention!r} with position {self.position!r}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if self.attention != "gqa":
             self.n_kv_head = 1 if self.attention == "mqa" else self.n_head
-        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
-            raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
         if self.position != "decoupled":
             self.rope_dim = self.head_size if self.position == "rope" else 0
-        elif not 0 < self.rope_dim < self.head_size:
-            raise ValueError(f"rope_dim {self.rope_dim} is not between 0 and {self.head_size}")
-        if self.rope_dim % 2:
-            raise ValueError(f"rope_dim {self.rope_dim} is odd, but rotations need pairs")
         if self.attention != "mla":
             self.q_rank, self.kv_rank, self.latent_norm = 0, 0, "none"
-        elif self.kv_rank < 1:
-            raise ValueError("mla needs a kv_rank")
-        if self.latent_norm not in ("layernorm", "rmsnorm", "none"):
-            raise ValueError(f"no latent_norm {self.latent_norm!r}")
+        for wrong, message in [
+            (self.position not in POSITIONS.get(self.attention, ()), "this attention has no such position"),
+            (self.n_embd % self.n_head, "n_embd is not a multiple of n_head"),
+            (self.n_kv_head < 1 or self.n_head % self.n_kv_head, "n_kv_head does not divide n_head"),
+            (self.position == "decoupled" and not 0 < self.rope_dim < self.head_size,
+             f"rope_dim is not between 0 and n_embd/n_head, {self.head_size}"),
+            (self.rope_dim % 2, "rope_dim is odd, but rotations need pairs"),
+            (self.attention == "mla" and self.kv_rank < 1, "mla needs a kv_rank"),
+            (self.latent_norm not in ("layernorm", "rmsnorm", "none"), "no such latent_norm"),
+        ]:
+            if wrong:
+                raise ValueError(f"{message}: {self}")
 
     @property
     def head_size(self):
@@ -88,7 +88,7 @@ class Config:
 
 
 # ----------------------------------------------------------------------------
-# Attention: three front ends that make q, k and v from x, and one core
+# Attention: two front ends that say how x becomes queries, keys and values, and one core
 
 def split_heads(x, n):
     """(B, T, n*width) -> (B, n, T, width)"""
@@ -96,22 +96,60 @@ def split_heads(x, n):
 
 
 def rope_table(T, RD, like):
-    """Cosine and sine of position * 10000^(-2i/RD), each (T, RD/2)."""
+    """Cosine and sine of the angles position * 10000^(-2i/RD), as rotate wants them: (2, T, RD)"""
     i = torch.arange(RD // 2, device=like.device, dtype=torch.float64)           # (RD/2)
     positions = torch.arange(T, device=like.device, dtype=torch.float64)         # (T)
     angles = torch.outer(positions, 10000.0 ** (-2 * i / RD))                    # (T, RD/2)
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)]).to(like.dtype)
 
 
 def rotate(x, rope):
-    """Rotary positions: turn each pair (i, i + RD/2) of x (..., T, RD) by its angle."""
-    cos, sin = rope                                                              # (T, RD/2)
-    x1, x2 = x.chunk(2, dim=-1)                                                  # (..., T, RD/2)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)         # (..., T, RD)
+    """Rotary positions: turn each pair (i, i + RD/2) of the last RD columns of x (..., T, width)."""
+    cos, sin = rope                                                              # (T, RD) each
+    RD = cos.shape[-1]
+    if RD == 0:
+        return x
+    still, x = x.split([x.shape[-1] - RD, RD], dim=-1)                           # (..., T, width-RD | RD)
+    x = x * cos + x.roll(RD // 2, dims=-1) * sin                                 # (..., T, RD)
+    return torch.cat([still, x], dim=-1) if still.shape[-1] else x               # (..., T, width)
+
+
+class Cache:
+    """What attention keeps of past tokens, so that one more token costs a step and not a pass.
+
+    mode says what is kept: "full" the keys and values. For mla also "latent": what they are
+    made from, R+RD numbers per token, and every step makes them anew; or "absorbed": the same
+    numbers, which a step uses as they are.
+    """
+
+    def __init__(self, model, capacity, mode="full"):
+        c = model.config
+        if mode != "full" and c.attention != "mla":
+            raise ValueError(f"cache {mode!r}: {c.attention} has no latent, only mla does")
+        if c.position == "learned" and capacity > c.block_size:
+            raise ValueError(f"{capacity} tokens: this model has {c.block_size} learned positions")
+        self.mode, self.capacity, self.length = mode, capacity, 0
+        self.rope = rope_table(capacity, c.rope_dim, like=model.wte.weight)      # (2, capacity, RD)
+        self.kept = {}                                                           # layer -> (B, n, capacity, width) ...
+
+    def append(self, layer, parts):
+        """parts: tensors (B, n, T, width) of T more positions -> (B, n, S, width) of all so far"""
+        begin, end = self.length, self.length + parts[0].shape[2]
+        assert begin == 0 or end == begin + 1, "the prompt in one pass, then token by token"
+        if layer not in self.kept:
+            self.kept[layer] = [p.new_empty(*p.shape[:2], self.capacity, p.shape[3]) for p in parts]
+        for kept, part in zip(self.kept[layer], parts):
+            kept[:, :, begin:end] = part
+        return [kept[:, :, :end] for kept in self.kept[layer]]
 
 
 class Attention(nn.Module):
-    """The core that all kinds share; a subclass says how x becomes q, k and v."""
+    """The core that all kinds share. A subclass is a front end, with two methods:
+
+    project(x, rope)   x (B, T, C) -> q (B, NH, T, HS), and what later tokens need to know of these
+    expand(*known)     that for any positions -> k, v and perhaps k_rope, as attend takes them
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -120,62 +158,78 @@ class Attention(nn.Module):
         self.NOPE = self.HS - self.RD
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def queries_keys_values(self, x, rope):
-        """x (B, T, C) -> q (B, NH, T, HS), k and v (B, NKV, T, HS)"""
-        raise NotImplementedError
-
-    def join_decoupled(self, q, k_nope, k_rope, rope):
-        """Rotate the last RD of each query head, and give every key head the one rotary key.
-
-        q (B, NH, T, HS), k_nope (B, NH, T, NOPE), k_rope (B, T, RD)
-        """
-        q_nope, q_rope = q.split([self.NOPE, self.RD], dim=-1)                   # (B, NH, T, NOPE | RD)
-        k_rope = rotate(k_rope.unsqueeze(1), rope)                               # (B, 1, T, RD)
-        q = torch.cat([q_nope, rotate(q_rope, rope)], dim=-1)                    # (B, NH, T, HS)
-        k = torch.cat([k_nope, k_rope.expand(-1, self.NH, -1, -1)], dim=-1)      # (B, NH, T, HS)
-        return q, k
-
-    def forward(self, x, rope):
-        q, k, v = self.queries_keys_values(x, rope)
-        y = F.scaled_dot_product_attention(                                      # (B, NH, T, HS)
-            q, k, v, is_causal=True, scale=self.HS ** -0.5, enable_gqa=self.NKV < self.NH)
+    def forward(self, x, rope, cache=None):
+        q, *known = self.project(x, rope)
+        if cache is None:
+            y = self.attend(q, *self.expand(*known))                             # (B, NH, T, HS)
+        else:
+            y = self.attend_cached(q, known, cache)                              # (B, NH, T, HS)
         return self.c_proj(y.transpose(1, 2).flatten(2))                         # (B, T, C)
 
+    def attend_cached(self, q, known, cache):
+        """First the prompt, T positions that attend to themselves, then one position that attends to all S."""
+        if cache.mode == "full":
+            known = self.expand(*known)
+        known = cache.append(self, known)
+        step = cache.length > 0
+        if step:
+            q = q * self.HS ** -0.5                                              # (B, NH, 1, HS)
+        if step and cache.mode == "absorbed":
+            return self.attend_absorbed(q, *known)
+        if cache.mode != "full":
+            known = self.expand(*known)
+        return (self.attend_step if step else self.attend)(q, *known)
 
-class PlainAttention(Attention):
-    """mha, gqa, mqa; positions are learned, or rotate the whole of every q and k head."""
+    def attend(self, q, k, v, k_rope=None):
+        """Causal attention of T positions to themselves.
+
+        q (B, NH, T, HS), k and v (B, NKV, T, HS) -> (B, NH, T, HS).
+        With k_rope (B, 1, T, RD), a rotary key for all heads, k is (B, NH, T, NOPE).
+        """
+        if k_rope is not None:
+            k = torch.cat([k, k_rope.expand(-1, self.NH, -1, -1)], dim=-1)       # (B, NH, T, HS)
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.HS ** -0.5, enable_gqa=self.NKV < self.NH)
+
+    def attend_step(self, q, k, v, k_rope=None):
+        """The same for the last of S positions alone: q (B, NH, 1, HS), already scaled -> (B, NH, 1, HS).
+
+        Query heads that share a key are rows of one matrix product, so the keys are read once;
+        for so few rows that is at least as fast as scaled_dot_product_attention.
+        """
+        q = q.squeeze(2).unflatten(1, (k.shape[1], -1))                          # (B, NKV, NH/NKV, HS)
+        if k_rope is None:
+            scores = q @ k.mT                                                    # (B, NKV, NH/NKV, S)
+        else:
+            q_nope, q_rope = q.split([self.NOPE, self.RD], dim=-1)               # (B, NH, 1, NOPE | RD)
+            scores = q_nope @ k.mT                                               # (B, NH, 1, S)
+            scores += (q_rope.transpose(1, 2) @ k_rope.mT).transpose(1, 2)       # (B, 1, NH, S) as (B, NH, 1, S)
+        return (scores.softmax(dim=-1) @ v).flatten(1, 2).unsqueeze(2)           # (B, NH, 1, HS)
+
+
+class DirectAttention(Attention):
+    """mha, gqa, mqa: queries, keys and values are all rows of c_attn.
+
+    rope rotates the whole of every q and k head, decoupled (as mla does) the last RD of
+    every q head and one rotary key for all heads.
+    """
 
     def __init__(self, config):
         super().__init__(config)
-        self.rows = [self.NH * self.HS, self.NKV * self.HS, self.NKV * self.HS]  # q, k, v
+        shared = self.RD if config.position == "decoupled" else 0
+        self.rows = [self.NH * self.HS, self.NKV * (self.HS - shared), shared, self.NKV * self.HS]  # q, k, k_rope, v
         self.c_attn = nn.Linear(config.n_embd, sum(self.rows))
 
-    def queries_keys_values(self, x, rope):
-        q, k, v = self.c_attn(x).split(self.rows, dim=-1)                        # (B, T, NH*HS | NKV*HS | NKV*HS)
-        q = split_heads(q, self.NH)                                              # (B, NH, T, HS)
-        k = split_heads(k, self.NKV)                                             # (B, NKV, T, HS)
-        v = split_heads(v, self.NKV)                                             # (B, NKV, T, HS)
-        if self.RD:
-            q, k = rotate(q, rope), rotate(k, rope)
-        return q, k, v
+    def project(self, x, rope):
+        q, k, k_rope, v = self.c_attn(x).split(self.rows, dim=-1)                # (B, T, ...)
+        q = rotate(split_heads(q, self.NH), rope)                                # (B, NH, T, HS)
+        k, v = split_heads(k, self.NKV), split_heads(v, self.NKV)                # (B, NKV, T, HS or NOPE | HS)
+        if k_rope.shape[-1]:
+            return q, k, v, rotate(k_rope.unsqueeze(1), rope)                    # k_rope (B, 1, T, RD)
+        return q, rotate(k, rope), v
 
-
-class DecoupledAttention(Attention):
-    """mha as mla sees positions: part of each head is rotated, with one rotary key for all heads."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        NH, HS, NOPE, RD = self.NH, self.HS, self.NOPE, self.RD
-        self.rows = [NH * HS, NH * NOPE, RD, NH * HS]                            # q, k_nope, k_rope, v
-        self.c_attn = nn.Linear(config.n_embd, sum(self.rows))
-
-    def queries_keys_values(self, x, rope):
-        q, k_nope, k_rope, v = self.c_attn(x).split(self.rows, dim=-1)           # (B, T, NH*HS | NH*NOPE | RD | NH*HS)
-        q = split_heads(q, self.NH)                                              # (B, NH, T, HS)
-        k_nope = split_heads(k_nope, self.NH)                                    # (B, NH, T, NOPE)
-        v = split_heads(v, self.NH)                                              # (B, NH, T, HS)
-        q, k = self.join_decoupled(q, k_nope, k_rope, rope)                      # (B, NH, T, HS)
-        return q, k, v
+    def expand(self, *known):
+        return known                                                             # nothing to do
 
 
 class LatentAttention(Attention):
@@ -185,11 +239,8 @@ class LatentAttention(Attention):
         super().__init__(config)
         C, RQ, self.R = config.n_embd, config.q_rank, config.kv_rank
         NH, HS, NOPE, RD = self.NH, self.HS, self.NOPE, self.RD
-        norm = {
-            "layernorm": lambda width: nn.LayerNorm(width, eps=1e-5),
-            "rmsnorm": lambda width: nn.RMSNorm(width, eps=1e-6),
-            "none": lambda width: nn.Identity(),
-        }[config.latent_norm]
+        norms = {"layernorm": nn.LayerNorm, "rmsnorm": partial(nn.RMSNorm, eps=1e-6), "none": nn.Identity}
+        norm = norms[config.latent_norm]
         if RQ:
             self.q_a_proj = nn.Linear(C, RQ, bias=False)
             self.q_a_layernorm = norm(RQ)
@@ -200,48 +251,55 @@ class LatentAttention(Attention):
         self.kv_a_layernorm = norm(self.R)
         self.kv_b_proj = nn.Linear(self.R, NH * (NOPE + HS), bias=False)         # rows per head: k_nope, v
 
-    def queries_keys_values(self, x, rope):
+    def project(self, x, rope):
         if hasattr(self, "q_proj"):
             q = self.q_proj(x)                                                   # (B, T, NH*HS)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))              # (B, T, NH*HS)
-        q = split_heads(q, self.NH)                                              # (B, NH, T, HS)
+        q = rotate(split_heads(q, self.NH), rope)                                # (B, NH, T, HS)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.R, self.RD], dim=-1)  # (B, T, R | RD)
-        kv = split_heads(self.kv_b_proj(self.kv_a_layernorm(latent)), self.NH)   # (B, NH, T, NOPE+HS)
-        k, v = kv.split([self.NOPE, self.HS], dim=-1)                            # (B, NH, T, NOPE | HS)
+        latent = self.kv_a_layernorm(latent)
         if self.RD:
-            q, k = self.join_decoupled(q, k, k_rope, rope)                       # (B, NH, T, HS)
-        return q, k, v
+            latent = torch.cat([latent, rotate(k_rope, rope)], dim=-1)           # (B, T, R+RD)
+        return q, latent.unsqueeze(1)                                            # (B, NH, T, HS), (B, 1, T, R+RD)
+
+    def expand(self, latent):
+        latent, k_rope = latent.split([self.R, self.RD], dim=-1)                 # (B, 1, S, R | RD)
+        kv = split_heads(self.kv_b_proj(latent.squeeze(1)), self.NH)             # (B, NH, S, NOPE+HS)
+        k, v = kv.split([self.NOPE, self.HS], dim=-1)                            # (B, NH, S, NOPE | HS)
+        return (k, v, k_rope) if self.RD else (k, v)
+
+    def attend_absorbed(self, q, latent):
+        """attend_step without expanding: the latents themselves are the keys and values of an MQA.
+
+        With W_UK, W_UV the rows of kv_b_proj that expand a head's key and value,
+        q . (W_UK latent) = (W_UK^T q) . latent, and sums of W_UV latent are W_UV times sums of latents.
+        """
+        w = self.kv_b_proj.weight.unflatten(0, (self.NH, -1))                    # (NH, NOPE+HS, R)
+        w_uk, w_uv = w.split([self.NOPE, self.HS], dim=1)                        # (NH, NOPE | HS, R)
+        q_nope, q_rope = q.split([self.NOPE, self.RD], dim=-1)                   # (B, NH, 1, NOPE | RD)
+        q_nope = (q_nope.transpose(0, 2) @ w_uk).transpose(0, 2)                 # (1, NH, B, R) as (B, NH, 1, R)
+        q = torch.cat([q_nope, q_rope], dim=-1)                                  # (B, NH, 1, R+RD)
+        y = self.attend_step(q, latent, latent[..., :self.R])                    # (B, NH, 1, R)
+        return (y.transpose(0, 2) @ w_uv.mT).transpose(0, 2)                     # (B, NH, 1, HS)
 
 
 # ----------------------------------------------------------------------------
 # The model
 
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-
-    def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))             # (B, T, 4C) -> (B, T, C)
-
-
 class Block(nn.Module):
     def __init__(self, config, dropout):
         super().__init__()
-        if config.attention == "mla":
-            attention = LatentAttention
-        else:
-            attention = DecoupledAttention if config.position == "decoupled" else PlainAttention
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
-        self.attn = attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
-        self.mlp = MLP(config)
+        C = config.n_embd
+        self.ln_1 = nn.LayerNorm(C, eps=1e-5)
+        self.attn = (LatentAttention if config.attention == "mla" else DirectAttention)(config)
+        self.ln_2 = nn.LayerNorm(C, eps=1e-5)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(C, 4 * C), gelu=nn.GELU(approximate="tanh"), c_proj=nn.Linear(4 * C, C)))
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x, rope):
-        x = x + self.drop(self.attn(self.ln_1(x), rope))                         # (B, T, C)
+    def forward(self, x, rope, cache=None):
+        x = x + self.drop(self.attn(self.ln_1(x), rope, cache))                  # (B, T, C)
         x = x + self.drop(self.mlp(self.ln_2(x)))                                # (B, T, C)
         return x
 
@@ -262,31 +320,52 @@ class GPT(nn.Module):
 
     def init_weights(self):
         """As GPT-2: N(0, 0.02), what adds to the residual scaled by 1/sqrt(2L), biases 0, norms 1."""
-        for name, parameter in self.named_parameters():
-            if parameter.dim() >= 2:
-                scale = (2 * self.config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 1.0
-                nn.init.normal_(parameter, std=0.02 * scale)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+        for name, p in self.named_parameters():
+            if p.dim() >= 2:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer if "c_proj" in name else 1))
             else:
-                nn.init.ones_(parameter)
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
 
-    def forward(self, idx, targets=None):
-        """idx (B, T), targets (B, T) or None -> logits (B, T, V), mean cross-entropy or None"""
-        T = idx.shape[1]
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T), targets (B, T) or None -> logits (B, T, V), mean cross-entropy or None
+
+        With a cache, idx continues what it holds, and the logits are of the last position: (B, 1, V).
+        """
+        begin, T = cache.length if cache else 0, idx.shape[1]
         x = self.wte(idx)                                                        # (B, T, C)
-        rope = None
         if self.config.position == "learned":
-            x = x + self.wpe.weight[:T]                                          # (B, T, C)
-        else:
-            rope = rope_table(T, self.config.rope_dim, like=x)                   # 2 * (T, RD/2)
+            x = x + self.wpe.weight[begin:begin + T]                             # (B, T, C)
+        rope = cache.rope if cache else rope_table(T, self.config.rope_dim, like=x)
+        rope = rope[:, begin:begin + T]                                          # (2, T, RD)
         x = self.drop(x)
         for block in self.h:
-            x = block(x, rope)
+            x = block(x, rope, cache)
+        if cache:
+            cache.length += T
+            x = x[:, -1:]                                                        # (B, 1, C)
         logits = F.linear(self.ln_f(x), self.wte.weight)                         # (B, T, V), head tied to wte
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    @torch.inference_mode()
+    def generate(self, idx, n, temperature=0.0, top_k=0, cache="full"):
+        """idx (B, T), the prompts -> (B, T+n): n more tokens, the likeliest or, with a temperature, random"""
+        training, T = self.training, idx.shape[1]
+        self.eval()
+        cache = Cache(self, T + n - 1, cache)                                    # the last token is not read
+        idx = F.pad(idx, (0, n))                                                 # (B, T+n)
+        for end in range(T, T + n):
+            logits = self(idx[:, cache.length:end], cache=cache)[0][:, -1]       # (B, V)
+            if top_k:
+                worst = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:] # (B, 1)
+                logits = logits.masked_fill(logits < worst, -math.inf)
+            if temperature > 0:
+                idx[:, end] = torch.multinomial((logits / temperature).softmax(dim=-1), 1).squeeze(1)
+            else:
+                idx[:, end] = logits.argmax(dim=-1)
+        self.train(training)
+        return idx
 
     @classmethod
     def from_checkpoint(cls, path, dropout=0.0):
@@ -339,10 +418,7 @@ def save_safetensors(path, tensors, metadata):
 
 
 def read_tokens(path):
-    """A token file (256 int32 of header, then uint16), or any other file as bytes.
-
-    Returns the tokens and whether they are bytes.
-    """
+    """A token file (256 int32 of header, then uint16), or any other file as bytes -> tokens, are they bytes"""
     header = np.fromfile(path, "<i4", count=256)
     if len(header) < 3 or header[0] != 20240520:
         return np.fromfile(path, np.uint8), True
@@ -359,41 +435,54 @@ def inputs_and_targets(tokens, begin, rows, T):
 
 def sequential_batches(tokens, B, T):
     """In the order of the file, without end; back to the start when a whole batch is not left."""
-    position = 0
     while True:
-        if position + B * T + 1 > len(tokens):
-            position = 0
-        yield inputs_and_targets(tokens, position, B, T)
-        position += B * T
+        for begin in range(0, len(tokens) - B * T, B * T):
+            yield inputs_and_targets(tokens, begin, B, T)
 
 
 def windows(tokens, B, T):
     """Once over the file: full windows of T targets, B at a time, then the shorter rest."""
-    position, left = 0, len(tokens) - 1
-    while left > 0:
-        rows, length = (min(B, left // T), T) if left >= T else (1, left)
-        yield inputs_and_targets(tokens, position, rows, length)
-        position, left = position + rows * length, left - rows * length
+    full, rest = divmod(len(tokens) - 1, T)
+    for row in range(0, full, B):
+        yield inputs_and_targets(tokens, row * T, min(B, full - row), T)
+    if rest:
+        yield inputs_and_targets(tokens, full * T, 1, rest)
 
 
 # ----------------------------------------------------------------------------
 # Command line
 
-def load_model_and_tokens(args, path, dropout=0.0):
-    """What both commands start from, with what can be wrong said early."""
-    model = GPT.from_checkpoint(args.load, dropout)
-    tokens, is_bytes = read_tokens(path)
-    args.seq_len = args.seq_len or model.config.block_size
-    if model.config.position == "learned" and args.seq_len > model.config.block_size:
-        raise SystemExit(f"--seq-len {args.seq_len}: this model has {model.config.block_size} learned positions")
-    if len(tokens) < 2 or tokens.max() >= model.config.vocab_size:
-        raise SystemExit(f"{path}: needs two tokens or more, all below vocab_size {model.config.vocab_size}")
-    return model, tokens, is_bytes
+def parse_config(text):
+    """"n_layer=4,n_embd=128,..." -> Config; what is absent keeps its default."""
+    entries = dict(entry.partition("=")[::2] for entry in text.split(","))
+    unknown = entries.keys() - {f.name for f in fields(Config)}
+    try:
+        if unknown:
+            raise ValueError(f"a model has no {', '.join(sorted(unknown))}")
+        return Config.from_metadata(entries)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from None
+
+
+def load_model(args, dropout=0.0):
+    return GPT.from_checkpoint(args.load, dropout) if args.load else GPT(args.config, dropout)
+
+
+def load_tokens(args, model, path):
+    """Tokens and whether they are bytes, with what can be wrong said early."""
+    c, (tokens, is_bytes) = model.config, read_tokens(path)
+    args.seq_len = args.seq_len or c.block_size
+    if c.position == "learned" and args.seq_len > c.block_size:
+        raise SystemExit(f"--seq-len {args.seq_len}: this model has {c.block_size} learned positions")
+    if len(tokens) < 2 or tokens.max() >= c.vocab_size:
+        raise SystemExit(f"{path}: needs two tokens or more, all below vocab_size {c.vocab_size}")
+    return tokens, is_bytes
 
 
 @torch.no_grad()
 def evaluate(args):
-    model, tokens, is_bytes = load_model_and_tokens(args, args.val_data)
+    model = load_model(args)
+    tokens, is_bytes = load_tokens(args, model, args.val_data)
     total = 0.0
     for x, y in windows(tokens, args.batch_size, args.seq_len):
         total += model(x, y)[1].item() * y.numel()
@@ -403,7 +492,8 @@ def evaluate(args):
 
 
 def train(args):
-    model, tokens, _ = load_model_and_tokens(args, args.train_data, args.dropout)
+    model = load_model(args, args.dropout)
+    tokens, _ = load_tokens(args, model, args.train_data)
     B, T, N = args.batch_size, args.seq_len, args.steps
     if len(tokens) < B * T + 1:
         raise SystemExit(f"{args.train_data}: a batch needs {B * T + 1} tokens, the file has {len(tokens)}")
@@ -426,32 +516,60 @@ def train(args):
         model.save_checkpoint(args.save)
 
 
+@torch.inference_mode()
+def decode(args):
+    """Steps of one token per sequence, each attending to --context tokens, itself included."""
+    model = load_model(args).eval()
+    B, N = args.batch_size, args.context
+    cache = Cache(model, N, args.cache)
+    idx = torch.zeros(B, 1, dtype=torch.long)
+    model(idx, cache=cache)                                                      # makes the cache's tensors
+    for kept in sum(cache.kept.values(), []):
+        kept.normal_()                                                           # any past takes the same time
+    seconds = []
+    for _ in range(args.steps + 2):
+        cache.length = N - 1
+        start = time.perf_counter()
+        idx = model(idx, cache=cache)[0].argmax(dim=-1)                          # (B, 1)
+        seconds.append(time.perf_counter() - start)
+    print(f"decode tok/s {B / np.median(seconds[2:]):.1f} context {N} batch {B} cache {args.cache} "
+          f"threads {torch.get_num_threads()}")
+
+
 def main():
     parser = argparse.ArgumentParser(description="The model of train_gpt2_mla.c in PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    e = commands.add_parser("eval", help="loss over a whole file")
+    commands = parser.add_subparsers(required=True)
+
+    def command(run, name, batch_size, help):
+        p = commands.add_parser(name, help=help)
+        p.set_defaults(run=run)
+        model = p.add_mutually_exclusive_group(required=True)
+        model.add_argument("--load", metavar="FILE", help="checkpoint")
+        model.add_argument("--config", type=parse_config, metavar="KEY=VALUE,...", help="or a new model of this kind")
+        p.add_argument("--batch-size", type=int, default=batch_size, help="sequences at a time")
+        p.add_argument("--threads", type=int, default=0, help="default: PyTorch's choice")
+        return p
+
+    e = command(evaluate, "eval", 16, "loss over a whole file")
     e.add_argument("--val-data", required=True, metavar="FILE")
-    t = commands.add_parser("train", help="continue from a checkpoint, at a constant learning rate")
+    t = command(train, "train", 16, "train on, at a constant learning rate")
     t.add_argument("--train-data", required=True, metavar="FILE")
     t.add_argument("--save", metavar="FILE", help="write the trained model")
-    t.add_argument("--steps", type=int, default=20)
-    t.add_argument("--learning-rate", type=float, default=1e-3)
-    t.add_argument("--weight-decay", type=float, default=0.1)
-    t.add_argument("--beta1", type=float, default=0.9)
-    t.add_argument("--beta2", type=float, default=0.95)
-    t.add_argument("--eps", type=float, default=1e-8)
-    t.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm, 0: off")
-    t.add_argument("--dropout", type=float, default=0.0)
     t.add_argument("--compile", action="store_true", help="torch.compile the model")
+    t.add_argument("--steps", type=int, default=20)
+    defaults = dict(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, grad_clip=1.0, dropout=0.0)
+    for name, default in defaults.items():
+        t.add_argument("--" + name.replace("_", "-"), type=float, default=default, help=f"default: {default}")
     for p in (e, t):
-        p.add_argument("--load", required=True, metavar="FILE", help="checkpoint")
-        p.add_argument("--batch-size", type=int, default=16, help="sequences at a time")
         p.add_argument("--seq-len", type=int, default=0, help="default: the model's block_size")
-        p.add_argument("--threads", type=int, default=0, help="default: PyTorch's choice")
+    d = command(decode, "decode", 1, "speed of generating, a token per sequence and step")
+    d.add_argument("--cache", choices=["full", "latent", "absorbed"], default="full")
+    d.add_argument("--context", type=int, default=256, help="tokens that each step attends to")
+    d.add_argument("--steps", type=int, default=50)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    evaluate(args) if args.command == "eval" else train(args)
+    args.run(args)
 
 
 if __name__ == "__main__":
