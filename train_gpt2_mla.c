@@ -541,6 +541,7 @@ static inline void pack(real *dst, const real *src, long line, long deep, int n,
                 const real *s = src + i * line + k;
                 real *d = dst + (long)(i / W) * W * K + i % W + k * W;
                 if (i + S <= n && k + 8 <= K) {
+                    for (int y = 0; y < S; y++) __builtin_prefetch(s + (S + y) * line);  // the square below
                     real square[8][8];
                     for (int y = 0; y < S; y++)
                         for (int x = 0; x < 8; x++) square[x][y] = s[y * line + x];
@@ -568,30 +569,47 @@ static _Thread_local real a_panels[MC * KC];         // a thread's block of a
 static _Thread_local real b_panels[NC_SERIAL * KC];  // and of b, in matmul_serial
 static real b_shared[NC * KC];                       // the block of b that all threads share
 
+// Eight dot products of length K: of x[0] with y[0..7], or of x[0..3] with y[0] and then y[1].
+static void dots_1x8(real sum[8], const real *const x[4], const real *const y[8], int K) {
+    const real *a = x[0], *b0 = y[0], *b1 = y[1], *b2 = y[2], *b3 = y[3], *b4 = y[4], *b5 = y[5], *b6 = y[6], *b7 = y[7];
+    real s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
+    #pragma omp simd reduction(+:s0, s1, s2, s3, s4, s5, s6, s7)
+    for (int k = 0; k < K; k++) {
+        s0 += a[k] * b0[k], s1 += a[k] * b1[k], s2 += a[k] * b2[k], s3 += a[k] * b3[k];
+        s4 += a[k] * b4[k], s5 += a[k] * b5[k], s6 += a[k] * b6[k], s7 += a[k] * b7[k];
+    }
+    memcpy(sum, (real[]){s0, s1, s2, s3, s4, s5, s6, s7}, 8 * sizeof(real));
+}
+
+static void dots_4x2(real sum[8], const real *const x[4], const real *const y[8], int K) {
+    const real *a0 = x[0], *a1 = x[1], *a2 = x[2], *a3 = x[3], *b0 = y[0], *b1 = y[1];
+    real s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
+    #pragma omp simd reduction(+:s0, s1, s2, s3, s4, s5, s6, s7)
+    for (int k = 0; k < K; k++) {
+        s0 += a0[k] * b0[k], s1 += a1[k] * b0[k], s2 += a2[k] * b0[k], s3 += a3[k] * b0[k];
+        s4 += a0[k] * b1[k], s5 += a1[k] * b1[k], s6 += a2[k] * b1[k], s7 += a3[k] * b1[k];
+    }
+    memcpy(sum, (real[]){s0, s1, s2, s3, s4, s5, s6, s7}, 8 * sizeof(real));
+}
+
 // The same within one thread for a few rows of a, whose numbers are adjacent: what decoding does all
 // the time. Each number of b is used M times only, too few to pay for packing; b is read as it lies,
 // and memory sets the pace.
 static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start,
                        long start_row) {
-    if (b.row == 1) {  // columns of b are contiguous: dot products, 4 x 2 that share their loads
-        int half = (N + 1) / 2;  // columns j and j + half: two streams without gaps, as memory likes them
-        for (int j = 0; j < half; j++)
-            for (int i = 0; i < M; i += 4) {  // at the edges some are computed twice
-                const real *b0 = b.p + j * b.col, *b1 = b.p + min_int(j + half, N - 1) * b.col;
-                const real *a0 = a.p + i * a.row, *a1 = a.p + min_int(i + 1, M - 1) * a.row;
-                const real *a2 = a.p + min_int(i + 2, M - 1) * a.row, *a3 = a.p + min_int(i + 3, M - 1) * a.row;
-                real s00 = 0, s01 = 0, s10 = 0, s11 = 0, s20 = 0, s21 = 0, s30 = 0, s31 = 0;
-                #pragma omp simd reduction(+:s00, s01, s10, s11, s20, s21, s30, s31)
-                for (int k = 0; k < K; k++) {
-                    s00 += a0[k] * b0[k], s01 += a0[k] * b1[k], s10 += a1[k] * b0[k], s11 += a1[k] * b1[k];
-                    s20 += a2[k] * b0[k], s21 += a2[k] * b1[k], s30 += a3[k] * b0[k], s31 += a3[k] * b1[k];
-                }
-                real sums[4][2] = {{s00, s01}, {s10, s11}, {s20, s21}, {s30, s31}};
-                for (int y = 0; y < min_int(4, M - i); y++)
-                    for (int x = 0; x < (j + half < N ? 2 : 1); x++) {
-                        int at = j + x * half;
-                        c[(i + y) * c_row + at] = (start ? start[(i + y) * start_row + at] : 0) + sums[y][x];
-                    }
+    if (b.row == 1) {  // columns of b are contiguous: dot products, several that share their loads
+        int rows = M < 4 ? 1 : 4, part = M < 4 ? (N + 7) / 8 : (N + 1) / 2;
+        for (int j = 0; j < part; j++)  // columns j, j + part, ...: streams without gaps, as memory likes them
+            for (int i = 0; i < M; i += rows) {  // at the edges some are computed twice
+                const real *x[4], *y[8];
+                real sum[8] = {0};
+                for (int r = 0; r < 4; r++) x[r] = a.p + min_int(i + r, M - 1) * a.row;
+                for (int n = 0; n < 8; n++) y[n] = b.p + min_int(j + n * part, N - 1) * b.col;
+                if (rows == 1) dots_1x8(sum, x, y, K);
+                else dots_4x2(sum, x, y, K);
+                for (int r = 0; r < min_int(rows, M - i); r++)
+                    for (int n = j; n < N; n += part)
+                        c[(i + r) * c_row + n] = (start ? start[(i + r) * start_row + n] : 0) + sum[r + (n - j) / part * rows];
             }
     } else {  // rows of b are contiguous: tiles; b must be readable up to NR numbers past its last row
         for (int k0 = 0; k0 < K; k0 += KC)
@@ -1021,7 +1039,7 @@ static void attention_backward(const Model *m, const Heads *a, const Heads *d, V
 // maximum; the chunks are then weighted by e^(their maximum - the largest):
 //     out = sum_c w_c o_c / sum_c w_c sum_c,   w_c = e^(max_c - max)
 // q (B, NH, nope+rope), out (B, NH, value); k, k_rope, v view the cache of sequence 0.
-enum { CHUNK = 256 };
+enum { CHUNK = 256, MANY = 4 };  // keys to a chunk; queries to a group from which on packing the keys pays
 
 static void attention_decode(const Model *m, const Heads *a, View out, int B, int keys) {
     int group = a->heads / a->kv_heads, chunks = (keys + CHUNK - 1) / CHUNK, row = a->value + 2;
@@ -1038,8 +1056,13 @@ static void attention_decode(const Model *m, const Heads *a, View out, int B, in
                 Mat k = rows_of(element(a->k, first, g) + b * a->k_sequence, a->k.token);
                 Mat k_rope = rows_of(element(a->k_rope, first, g) + b * a->k_rope_sequence, a->k_rope.token);
                 Mat v = rows_of(element(a->v, first, g) + b * a->v_sequence, a->v.token);
-                matmul_few(s, n, q, transpose(k), group, n, a->nope, NULL, 0);
-                if (a->rope) matmul_few(s, n, q_rope, transpose(k_rope), group, n, a->rope, s, n);
+                if (group < MANY) {
+                    matmul_few(s, n, q, transpose(k), group, n, a->nope, NULL, 0);
+                    if (a->rope) matmul_few(s, n, q_rope, transpose(k_rope), group, n, a->rope, s, n);
+                } else {
+                    matmul_serial(s, n, q, transpose(k), group, n, a->nope, 0);
+                    if (a->rope) matmul_serial(s, n, q_rope, transpose(k_rope), group, n, a->rope, 1);
+                }
                 for (int r = 0; r < group; r++) {
                     real max = largest(s + r * n, n);
                     part[r * row + a->value] = max;
