@@ -15,6 +15,7 @@ test_mla runs test_mla_double too and adds up; its last line is `N passed, M fai
 #define TESTING
 #include "train_gpt2_mla.c"
 #include <dirent.h>
+#include <fcntl.h>
 
 static int passed, failed;
 
@@ -125,9 +126,10 @@ static void test_exp(void) {
 // --- Models to test on
 
 // A small model of any kind, its parameters far enough from their start that every gradient counts.
+// V*C numbers are more than a checkpoint is written and read by at a time.
 static Model *small_model(int attention, int position, int norm, int RQ, int B, int T) {
     Config c = {.attention = attention, .position = position, .latent_norm = norm, .L = 2, .NH = 4, .NKV = -1, .C = 24,
-                .block_size = T, .V = 50, .RQ = RQ, .R = -1, .RD = -1};
+                .block_size = T, .V = 180, .RQ = RQ, .R = -1, .RD = -1};
     config_complete(&c, 1, "test");
     Model *m = model_create(&c, 1);
     model_init(m, 5);
@@ -387,6 +389,59 @@ static void test_long_decoding(void) {  // over several chunks of keys
     }
 }
 
+// Chunks whose scores differ by more than the exponent of a float holds: the last of three decides.
+static void test_unequal_chunks(void) {
+    int keys = 3 * CHUNK;
+    Model *m = small_model(MHA, LEARNED, LAYERNORM, -1, 1, keys);
+    Cache *cache = m->cache = cache_create(m, CACHE_FULL, 1, keys);
+    Heads a = cache_heads(m, 0);
+    int NH = m->c.NH, HS = m->c.HS;
+    real *q = allocate(2 * NH * HS * sizeof(real), "query and output"), *out = q + NH * HS;
+    double worst = 0;
+    a.q = (View){q, NH * HS, HS};
+    for (int h = 0; h < NH; h++) {
+        element(a.q, 0, h)[0] = sqrt(HS);
+        for (int t = 0; t < keys; t++) element(a.k, t, h)[0] = 200 * (t / CHUNK), element(a.v, t, h)[0] = t / CHUNK;
+    }
+    attention_decode(m, &a, (View){out, NH * HS, HS}, 1, keys);
+    for (int h = 0; h < NH; h++) worst = fmax(worst, fabs(out[h * HS] - 2));
+    check_below("decoding", "chunks with scores 200 apart", worst, 1e-6);
+    free(q);
+    cache_free(cache);
+    model_free(m);
+}
+
+// Every token is what sample_token makes of the full pass's logits and its own random number.
+static void test_generation(void) {
+    enum { B = 3, N = 20, PROMPT = 2 };
+    Model *m = small_model(MLA, DECOUPLED, LAYERNORM, -1, B, PROMPT + N);
+    Cache *cache = cache_create(m, CACHE_ABSORBED, B, PROMPT + N);
+    Sampling how = {1, 0};
+    int V = m->c.V, prompt[PROMPT] = {3, 14}, out[B * N], text[PROMPT + N], same = 1;
+    real *logits = allocate(((PROMPT + N) * V + V) * sizeof(real), "logits"), *scratch = logits + (PROMPT + N) * V;
+    m->dropout = 0.5f;  // which generation must not apply
+    generate(m, cache, prompt, PROMPT, N, &how, 77, NULL, out);
+    check("generation", "leaves dropout as it was", m->dropout == 0.5f);
+    m->dropout = 0;
+    for (int b = 0; b < B; b++) {
+        memcpy(text, prompt, sizeof prompt), memcpy(text + PROMPT, out + b * N, N * sizeof(int));
+        full_logits(m, logits, text, PROMPT + N, 0);
+        for (int i = 0; i < N; i++)
+            same &= out[b * N + i] == sample_token(logits + (PROMPT + i - 1) * V, scratch, V, &how,
+                                                   random_uniform(random_stream(77, STREAM_SAMPLE, b), i));
+    }
+    check("generation", "samples every sequence by itself", same);
+    free(logits);
+    cache_free(cache);
+    model_free(m);
+}
+
+static void test_all_decoding(void) {
+    test_long_decoding();
+    test_unequal_chunks();
+    test_generation();
+}
+
 // dev/reference/encoding_*: texts and what GPT-2's own encoder makes of them (dev/make_encoding.py).
 static void test_encoding(void) {
     size_t size, at = 0;
@@ -412,6 +467,12 @@ static void test_encoding(void) {
     int out[9];
     check("encoding", "of bytes", encode(&t, (const unsigned char *)"don't  \xc3", 8, out) == 8 && out[3] == '\'' && out[7] == 0xc3);
     tokenizer_free(&t);
+    check("encoding", "bytes beyond ASCII are letters", first_piece((const unsigned char *)"caf\xc3\xa9 au lait", 13) == 5);
+    t = (Tokenizer){.V = 4, .eot = 3, .bytes = (unsigned char *)"abaab", .start = (size_t[]){0, 1, 2, 3, 5}};  // a, b, a, ab
+    tokenizer_index(&t);
+    check("encoding", "the first of equal tokens, never the end of text",
+          encode(&t, (const unsigned char *)"ab", 2, out) == 2 && out[0] == 0 && out[1] == 1);
+    free(t.table);
 }
 
 static void test_accumulation(void) {  // two halves of a batch give the gradient of the whole
@@ -459,6 +520,46 @@ static void test_threads(void) {  // the same bits from any number of threads
     }
     omp_set_num_threads(before);
 #endif
+}
+
+static void train_quietly(Model *m, const Options *o, const Data *d, const Tokenizer *t, long done) {
+    fflush(stdout);
+    int out = dup(1), null = open("/dev/null", O_WRONLY);
+    dup2(null, 1);
+    train(m, o, d, NULL, t, "", done);
+    fflush(stdout);
+    dup2(out, 1), close(out), close(null);
+    signal(SIGINT, SIG_DFL), signal(SIGTERM, SIG_DFL);
+}
+
+static void test_training(void) {  // the same bits as its parts by hand, from the start or from step 3 on
+    enum { B = 2, T = 8, N = 200 };
+    Options o = {.order = RANDOM, .schedule = COSINE, .batch_size = B, .seq_len = T, .grad_accum = 2, .steps = 5, .warmup = 2, .seed = 3,
+                 .learning_rate = 1e-2, .min_lr = 1e-3, .grad_clip = 0.5, .adam = {0.9, 0.99, 1e-8, 0.1}};
+    Schedule schedule = {o.schedule, o.steps, o.warmup, o.learning_rate, o.min_lr};
+    uint16_t tokens[N];
+    int x[B * T], y[B * T];
+    Data d = {.path = "test", .tokens = tokens, .n = N};
+    Tokenizer bytes = tokenizer_bytes();
+    Model *m[3];
+    for (int i = 0; i < N; i++) tokens[i] = random_bits(10, i) % 180;
+    for (int i = 0; i < 3; i++) m[i] = small_model(MLA, DECOUPLED, LAYERNORM, -1, B, T), m[i]->dropout = 0.1f;
+    for (int step = 0; step < o.steps; step++) {
+        if (step == 3)
+            for (int part = 0; part < 3; part++) memcpy(part_of(m[2], part), part_of(m[0], part), m[0]->block * sizeof(real));
+        for (int index = 2 * step; index < 2 * step + 2; index++) {
+            next_batch(&d, o.order, o.seed, index, x, y, B, T);
+            m[0]->dropout_key = random_stream(o.seed, STREAM_DROPOUT, index);
+            forward_backward(m[0], x, y, B, T, 0.5);
+        }
+        adamw_update(m[0], &o.adam, learning_rate_at(&schedule, step), step + 1, clip_scale(gradient_norm(m[0]), o.grad_clip));
+    }
+    train_quietly(m[1], &o, &d, &bytes, 0);
+    train_quietly(m[2], &o, &d, &bytes, 3);
+    check("training", "is its parts in order", !memcmp(m[0]->params, m[1]->params, m[0]->block * sizeof(real)));
+    check("training", "goes on where it stopped", !memcmp(m[0]->params, m[2]->params, m[0]->block * sizeof(real)));
+    for (int i = 0; i < 3; i++) model_free(m[i]);
+    tokenizer_free(&bytes);
 }
 
 static void test_batches(void) {
@@ -657,6 +758,12 @@ static void test_checkpoints(void) {
                 for (int part = 0; part < (with_state ? 3 : 1); part++)
                     same &= !memcmp(part_of(m, part) + t->offset, part_of(loaded, part) + t->offset, t->size * sizeof(real));
             check("checkpoint", "tensors come back bit for bit", same);
+            if (with_state) {
+                real *v = allocate(m->tensors[WTE].size * sizeof(real), "adam_v");
+                checkpoint_read(&file, "adam.v.wte.weight", v, c.V, c.C);
+                check("checkpoint", "moments bear their names", !memcmp(v, m->adam_v, m->tensors[WTE].size * sizeof(real)));
+                free(v);
+            }
             checkpoint_save(loaded, b, with_state ? &state : NULL);
             check("checkpoint", "saved again is the same file", same_files(a, b));
             checkpoint_close(&file);
@@ -677,6 +784,7 @@ static void test_config(void) {  // defaults; the experiments' cache sizes, floa
                     .NH = 16, .NKV = -1, .C = rows[i].C, .block_size = 1024, .V = 256, .RQ = -1, .R = -1, .RD = -1};
         config_complete(&c, 1, "test");
         check("cache floats per token", attention_names[rows[i].attention], cache_floats(&c, cache_mode(&c)) == rows[i].floats);
+        check("default cache", attention_names[rows[i].attention], cache_mode(&c) == (c.attention == MLA ? CACHE_ABSORBED : CACHE_FULL));
         check("default kv-heads", attention_names[rows[i].attention], c.NKV == rows[i].kv_heads);
         check("default q-rank", attention_names[rows[i].attention], c.RQ == (c.attention == MLA ? c.C / 2 : 0));
     }
@@ -701,8 +809,8 @@ int main(int argc, char **argv) {
 #ifdef REAL_DOUBLE
         {"finite differences", test_finite_differences},
 #endif
-        {"decoding", test_long_decoding}, {"encoding", test_encoding}, {"gradient accumulation", test_accumulation},
-        {"threads", test_threads}, {"batches", test_batches}, {"evaluation", test_evaluation}, {"schedule", test_schedule},
+        {"decoding", test_all_decoding}, {"encoding", test_encoding}, {"gradient accumulation", test_accumulation},
+        {"threads", test_threads}, {"batches", test_batches}, {"training", test_training}, {"evaluation", test_evaluation}, {"schedule", test_schedule},
         {"randomness", test_randomness}, {"initialization", test_initialization}, {"sampling", test_sampling}, {"checkpoints", test_checkpoints},
         {"configurations", test_config},
     };
