@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Shows that the tests can fail.
 
-Applies one small mistake at a time to a temporary copy of train_gpt2_mla.c, runs `make test`
-there and reports whether the tests noticed: caught, with the first check that failed, or MISSED. The mistakes are such as one makes: a sign, a dropped term, a wrong index, stride or scale.
+Makes one small mistake at a time in a temporary copy of train_gpt2_mla.c, runs `make test` there
+and reports whether the tests notice: caught, with the first check that failed, or MISSED. The
+mistakes are such as one makes: a sign, a dropped term, a wrong index, stride or scale.
 
-    dev/mutate.py                         all of them
-    dev/mutate.py rope attention_backward those of functions so named
-    dev/mutate.py --check                 only whether the table still fits the source
-    dev/mutate.py --jobs 4                four at a time
+    dev/mutate.py                             all of them, about half an hour
+    dev/mutate.py rotate attention_backward   those in functions so named
+    dev/mutate.py --check                     only see whether the table still fits the source
+    dev/mutate.py --jobs 4                    four at a time
 
 Exit status 0: all caught; 1: some missed; 2: the table needs an update, or the tests fail on the
 source as it is. A mistake is (function, text, text instead, what it is); the text must occur
@@ -147,7 +148,7 @@ MUTATIONS = [
     ("norm_backward", "db, m->partial + n", "db, m->partial", "db from dw's sums"),
     ("norm_backward", "p + 1) / PIECES", "p + 1) / PIECES - 1", "the last token of each piece is dropped"),
     ("fast_exp", "+ n * 2.12194440e-4f", "- n * 2.12194440e-4f", "sign of ln 2's second part"),
-    ("fast_exp", "0.16666521f", "0.16666667f", "Taylor's coefficient in the best polynomial"),
+    ("fast_exp", "0.16666521f", "0.16665621f", "two digits swapped"),
     ("fast_exp", " + r * 0.00138146f", "", "degree 5"),
     ("fast_exp", "x < -87.0f ? -87.0f :", "", "no clamp below"),
     ("fast_exp", "x < -87.0f ? -87.0f : x", "x >= -87.0f ? x : -87.0f; x = x", "NaN becomes a number"),
@@ -413,6 +414,14 @@ MUTATIONS = [
     ("checkpoint_read", "k->data_start + e->from", "e->from", "data taken from the header"),
     ("checkpoint_read_model", "moments ? 3 : 1", "1", "moments not read"),
     ("checkpoint_config", "= n;", "= key->names ? 0 : n;", "names not read"),
+    ("train", "step * o->grad_accum + micro", "step", "one micro-batch again and again"),
+    ("train", "step * o->grad_accum + micro", "(step - done) * o->grad_accum + micro", "a resumed run starts the data again"),
+    ("train", "STREAM_DROPOUT, index", "STREAM_DROPOUT, micro", "the same numbers dropped in every step"),
+    ("train", "B, T, 1.0 / o->grad_accum", "B, T, 1", "gradients summed over micro-batches"),
+    ("train", "learning_rate_at(&schedule, step)", "learning_rate_at(&schedule, step + 1)", "schedule a step ahead"),
+    ("train", "lr, step + 1, clip_scale", "lr, step + 1 - done, clip_scale", "a resumed run corrects its bias again"),
+    ("train", "clip_scale(norm, o->grad_clip)", "1", "no clipping"),
+    ("train", "step = done; step", "step = 0; step", "a resumed run starts again"),
     ("evaluate", "m->dropout = 0", "m->dropout *= 1", "dropout stays on"),
     ("evaluate", "m->dropout = dropout", "m->dropout *= 1", "dropout stays off"),
     ("evaluate", "+ (tail > 0)", "", "the last, shorter window is dropped"),
