@@ -947,7 +947,8 @@ static View rope_part(const Heads *a) { return (View){a->q.p + a->nope, a->q.tok
 static void strip_scores(real *s, const Heads *a, int h, int g, long q0, long k0, int rows, int keys) {
     matmul_serial(s, keys, tokens_of(a->q, q0, h), transpose(tokens_of(a->k, k0, g)), rows, keys, a->nope, 0);
     if (a->rope)
-        matmul_serial(s, keys, tokens_of(rope_part(a), q0, h), transpose(tokens_of(a->k_rope, k0, g)), rows, keys, a->rope, 1);
+        matmul_serial(s, keys, tokens_of(rope_part(a), q0, h), transpose(tokens_of(a->k_rope, k0, g)), rows, keys,
+                      a->rope, 1);
 }
 
 // out (N, NH, value), lse (N, NH): B sequences of T tokens each
@@ -1023,8 +1024,10 @@ static void attention_backward(const Model *m, const Heads *a, const Heads *d, V
                     matmul_serial(dq, d->q.token, to_queries, tokens_of(a->k, first, g), rows, a->nope, keys, 0);
                     matmul_serial(dk, d->k.token, to_keys, tokens_of(a->q, q0, h), keys, a->nope, rows, 1);
                     if (a->rope) {
-                        matmul_serial(dq + a->nope, d->q.token, to_queries, tokens_of(a->k_rope, first, g), rows, a->rope, keys, 0);
-                        matmul_serial(dk_rope, d->k_rope.token, to_keys, tokens_of(rope_part(a), q0, h), keys, a->rope, rows, 1);
+                        matmul_serial(dq + a->nope, d->q.token, to_queries, tokens_of(a->k_rope, first, g), rows,
+                                      a->rope, keys, 0);
+                        matmul_serial(dk_rope, d->k_rope.token, to_keys, tokens_of(rope_part(a), q0, h), keys,
+                                      a->rope, rows, 1);
                     }
                 }
         }
@@ -2162,8 +2165,10 @@ static void checkpoint_read(const Checkpoint *k, const char *name, real *x, int 
     const Entry *e = checkpoint_find(k, name);
     if (!e) fail(1, "%s: has no tensor %s, which its configuration needs", k->path, name);
     if (e->dims != (cols ? 2 : 1) || e->shape[0] != (size_t)rows || (cols && e->shape[1] != (size_t)cols)) {
-        if (cols) fail(1, "%s: %s has %d dimensions starting %zu, %zu; expected (%d, %d)", k->path, name, e->dims, e->shape[0], e->shape[1], rows, cols);
-        fail(1, "%s: %s has %d dimensions starting %zu; expected (%d)", k->path, name, e->dims, e->shape[0], rows);
+        char expected[40];
+        snprintf(expected, sizeof expected, cols ? "(%d, %d)" : "(%d)", rows, cols);
+        fail(1, "%s: %s has %d dimensions, %zu by %zu; expected %s", k->path, name, e->dims, e->shape[0],
+             e->dims > 1 ? e->shape[1] : 1, expected);
     }
     size_t size = (e->to - e->from) / 4;
     if (fseeko(k->f, k->data_start + e->from, SEEK_SET)) fail(1, "%s: cannot read %s", k->path, name);
@@ -2172,7 +2177,8 @@ static void checkpoint_read(const Checkpoint *k, const char *name, real *x, int 
         size_t n = size - i < 4096 ? size - i : 4096;
         if (fread(piece, 4, n, k->f) != n) fail(1, "%s: cannot read %s", k->path, name);
         for (size_t j = 0; j < n; j++) {
-            if (!isfinite(piece[j])) fail(1, "%s: %s holds %f at place %zu, expected finite numbers", k->path, name, piece[j], i + j);
+            if (!isfinite(piece[j]))
+                fail(1, "%s: %s holds %f at place %zu, expected finite numbers", k->path, name, piece[j], i + j);
             x[i + j] = piece[j];
         }
         i += n;
@@ -2334,7 +2340,8 @@ static Generation generate(Model *m, Cache *cache, const int *prompt, int n_prom
     g.prompt_seconds = seconds() - start;
     for (int i = 0; i < n; i++) {
         for (int b = 0; b < B; b++) {
-            tokens[b] = sample_token(logits + (long)b * V, scratch, V, how, random_uniform(random_stream(key, STREAM_SAMPLE, b), i));
+            double u = random_uniform(random_stream(key, STREAM_SAMPLE, b), i);
+            tokens[b] = sample_token(logits + (long)b * V, scratch, V, how, u);
             if (out) out[(long)b * n + i] = tokens[b];
         }
         g.tokens++;
@@ -2528,7 +2535,8 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
             print_evaluation(&e);
         }
         if (sample && cache) {
-            generate(m, cache, &start_token, 1, min_int(200, cache->capacity), &how, random_stream(o->seed, STREAM_SAMPLE, step), tokenizer, NULL);
+            uint64_t key = random_stream(o->seed, STREAM_SAMPLE, step);
+            generate(m, cache, &start_token, 1, min_int(200, cache->capacity), &how, key, tokenizer, NULL);
             printf("\n");
         }
         if (log) {
@@ -2537,7 +2545,8 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
             fprintf(log, ",%.0f,%.3f\n", rate, seconds() - start);
             if (fflush(log)) fail(1, "%s: cannot write: %s", o->log, strerror(errno));
         }
-        if (o->save && (last || stop_signal || (o->save_every && (step + 1) % o->save_every == 0))) checkpoint_save(m, o->save, &state);
+        int save = last || stop_signal || (o->save_every && (step + 1) % o->save_every == 0);
+        if (o->save && save) checkpoint_save(m, o->save, &state);
     }
     if (state.step > done) {
         printf("%ld steps in ", state.step - done);
@@ -2727,7 +2736,8 @@ static void print_model(const Model *m) {
     if (c->attention == GQA) printf(", %d kv heads", c->NKV);
     if (c->attention == MLA) printf(", kv_rank %d, q_rank %d, latent norm %s", c->R, c->RQ, norm_names[c->latent_norm]);
     if (c->position == DECOUPLED) printf(", rope_dim %d", c->RD);
-    printf("\n%zu parameters | KV cache %ld floats per token, where MHA needs %ld (%.1f%%)\n", m->n_params, cache, mha, 100.0 * cache / mha);
+    printf("\n%zu parameters | KV cache %ld floats per token, where MHA needs %ld (%.1f%%)\n", m->n_params, cache, mha,
+           100.0 * cache / mha);
 }
 
 #ifndef TESTING
@@ -2740,7 +2750,8 @@ int main(int argc, char **argv) {
     if (opt.eval && generating) fail(2, "--eval and --generate: expected one of them");
     if (opt.prompt && !generating) fail(2, "--prompt: expected --generate N too");
     if (training && opt.val_data && !opt.train_data) fail(2, "--val-data: expected --train-data FILE too");
-    if (opt.resume && (!training || !opt.save || opt.load)) fail(2, "--resume: expected --save FILE, the run to go on with, and no --load");
+    if (opt.resume && (!training || !opt.save || opt.load))
+        fail(2, "--resume: expected --save FILE, the run to go on with, and no --load");
     if (opt.save_every && !opt.save) fail(2, "--save-every: expected --save FILE too");
     if (opt.batch_size == -1) opt.batch_size = generating ? 1 : 8;
 
@@ -2777,7 +2788,8 @@ int main(int argc, char **argv) {
         if (opt.seq_len == -1) opt.seq_len = 128;
         if (c->attention == -1) c->attention = MLA;
         if (c->position == -1) c->position = c->attention == MLA ? DECOUPLED : ROPE;
-        if (c->latent_norm != -1 && c->attention != MLA) fail(2, "--latent-norm: attention %s has no latent", attention_names[c->attention]);
+        if (c->latent_norm != -1 && c->attention != MLA)
+            fail(2, "--latent-norm: attention %s has no latent", attention_names[c->attention]);
         if (c->latent_norm == -1) c->latent_norm = LAYERNORM;
         if (c->L == -1) c->L = 4;
         if (c->NH == -1) c->NH = 4;
@@ -2788,12 +2800,15 @@ int main(int argc, char **argv) {
         m = model_create(c, updating);
         model_init(m, opt.seed);
     }
-    if (opt.tokenizer && tokenizer.V > m->c.V) fail(1, "%s: vocabulary %d, the model's is %d", opt.tokenizer, tokenizer.V, m->c.V);
+    if (opt.tokenizer && tokenizer.V > m->c.V)
+        fail(1, "%s: vocabulary %d, the model's is %d", opt.tokenizer, tokenizer.V, m->c.V);
     if (!opt.tokenizer && m->c.V != 256) tokenizer.V = 0;  // what its tokens stand for is not known
-    if (!opt.tokenizer && generating && m->c.V != 256) fail(2, "--generate: expected --tokenizer FILE, the model's vocabulary is %d", m->c.V);
+    if (!opt.tokenizer && generating && m->c.V != 256)
+        fail(2, "--generate: expected --tokenizer FILE, the model's vocabulary is %d", m->c.V);
     if (opt.seq_len > m->c.block_size) fail(2, "--seq-len %d: the model's block size is %d", opt.seq_len, m->c.block_size);
     if (opt.min_lr < 0) opt.min_lr = opt.learning_rate / 10;
-    if (opt.min_lr > opt.learning_rate) fail(2, "--min-lr %g: expected at most the learning rate, %g", opt.min_lr, opt.learning_rate);
+    if (opt.min_lr > opt.learning_rate)
+        fail(2, "--min-lr %g: expected at most the learning rate, %g", opt.min_lr, opt.learning_rate);
     if (opt.warmup < 0) opt.warmup = opt.schedule == CONSTANT ? 0 : (opt.steps + 19) / 20;
     long done = 0;
     if (opt.resume) {

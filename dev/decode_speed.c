@@ -72,7 +72,7 @@ static void run(Row *rows, int n, int L, int NH, int C, int context, int B, doub
     int rounds = 0, tokens[1024];
     for (int r = 0; r < n; r++) {
         Config c = {.attention = rows[r].attention, .position = rows[r].position, .latent_norm = LAYERNORM, .L = L, .NH = NH,
-                    .NKV = rows[r].NKV, .C = C, .block_size = context + 64, .V = 256, .RQ = -1, .R = rows[r].R, .RD = -1};
+                    .NKV = rows[r].NKV, .C = C, .block_size = context + 64, .V = 256, .RQ = -1, .R = rows[r].R > C ? -1 : rows[r].R, .RD = -1};
         config_complete(&c, 1, "decode_speed");
         rows[r].m = model_create(&c, 0);
         model_init(rows[r].m, 1);
@@ -108,7 +108,9 @@ static void run(Row *rows, int n, int L, int NH, int C, int context, int B, doub
         double by_memory = rows[r].bytes / GBs / 1e9, by_arithmetic = rows[r].flops / GFLOPs / 1e9;
         double limit = B / fmax(by_memory, by_arithmetic);
         if (!r) mha = rate;
-        printf("| %d | %d | %s | %ld | %.1f | %.1f | %.2f | %.2f | %.0f%% of %s | %d rounds, max/min %.2f |\n", context, B, rows[r].name,
+        char name[80];
+        snprintf(name, sizeof name, rows[r].m->c.R ? "%s, R=%d" : "%s", rows[r].name, rows[r].m->c.R);
+        printf("| %d | %d | %s | %ld | %.1f | %.1f | %.2f | %.2f | %.0f%% of %s | %d rounds, max/min %.2f |\n", context, B, name,
                cache_floats(&rows[r].m->c, rows[r].mode), cache_floats(&rows[r].m->c, rows[r].mode) * (double)context * B * sizeof(real) / 1e6,
                rate, 1000 * B / rate, rate / mha, 100 * rate / limit, by_memory > by_arithmetic ? "memory" : "arithmetic", rounds, spread);
         fflush(stdout);
@@ -123,12 +125,12 @@ int main(int argc, char **argv) {
         {.name = "mha", .attention = MHA, .position = ROPE, .NKV = -1, .R = -1},
         {.name = "gqa 4", .attention = GQA, .position = ROPE, .NKV = 4, .R = -1},
         {.name = "mqa", .attention = MQA, .position = ROPE, .NKV = -1, .R = -1},
-        {.name = "mla R=341 full", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 341, .mode = CACHE_FULL},
-        {.name = "mla R=341 latent", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 341, .mode = CACHE_LATENT},
-        {.name = "mla R=341 absorbed", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 341, .mode = CACHE_ABSORBED},
-        {.name = "mla R=64 full", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 64, .mode = CACHE_FULL},
-        {.name = "mla R=64 latent", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 64, .mode = CACHE_LATENT},
-        {.name = "mla R=64 absorbed", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 64, .mode = CACHE_ABSORBED},
+        {.name = "mla full", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 341, .mode = CACHE_FULL},
+        {.name = "mla latent", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 341, .mode = CACHE_LATENT},
+        {.name = "mla absorbed", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 341, .mode = CACHE_ABSORBED},
+        {.name = "mla full", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 64, .mode = CACHE_FULL},
+        {.name = "mla latent", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 64, .mode = CACHE_LATENT},
+        {.name = "mla absorbed", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 64, .mode = CACHE_ABSORBED},
     };
     int n = sizeof rows / sizeof *rows, one = argc >= 3;
     int L = argc >= 6 ? atoi(argv[3]) : 8, NH = argc >= 6 ? atoi(argv[4]) : 16, C = argc >= 6 ? atoi(argv[5]) : 512;

@@ -190,7 +190,7 @@ MUTATIONS = [
 
     # --- 5: attention core
     ("rope_part", "a->q.p + a->nope", "a->q.p", "rotary queries from the head's start"),
-    ("strip_scores", "keys, a->rope, 1)", "keys, a->rope, 0)", "rotary scores overwrite the others"),
+    ("strip_scores", "a->rope, 1)", "a->rope, 0)", "rotary scores overwrite the others"),
     ("strip_scores", "keys, a->nope, 0)", "keys, a->nope, 1)", "scores added to what was there"),
     ("strip_scores", "tokens_of(a->k, k0, g)", "tokens_of(a->k, k0, 0)", "all heads read the first key head"),
     ("strip_scores", "tokens_of(a->q, q0, h)", "tokens_of(a->q, q0, g)", "query head of the group's number"),
@@ -227,7 +227,7 @@ MUTATIONS = [
     ("attention_backward", "pi[j] = dsi[j] = 0", "dsi[j] = 0", "masked p stay"),
     ("attention_backward", "keys, a->value, rows, 1)", "keys, a->value, rows, 0)", "dv of the last strip only"),
     ("attention_backward", "keys, a->nope, rows, 1)", "keys, a->nope, rows, 0)", "dk of the last strip only"),
-    ("attention_backward", "keys, a->rope, rows, 1)", "keys, a->rope, rows, 0)", "dk_rope of the last strip only"),
+    ("attention_backward", "a->rope, rows, 1)", "a->rope, rows, 0)", "dk_rope of the last strip only"),
     ("attention_backward", "rows, a->nope, keys, 0)", "rows, a->nope, keys, 1)", "dq adds to the step before"),
     ("attention_backward", "matmul_serial(dq + a->nope", "matmul_serial(dq", "rotary dq over the other part"),
     ("attention_backward", "h < (g + 1) * group", "h < g * group + 1", "only the first query head of a group"),
