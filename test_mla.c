@@ -351,7 +351,7 @@ static void finite_differences(const char *what, Model *m, const int *x, const i
             slope += weight[k] * forward_loss(m, x, y, B, T) / (B * T) / (12 * h);
         }
         for (size_t i = 0; i < t->size; i++) w[i] = w0[i];
-        check_below(what, t->name, fabs(slope - along) / norm, 1e-6);
+        check_below(what, t->name, fabs(slope - along) / norm, 1e-7);
         free(u), free(w0);
     }
 }

@@ -1059,12 +1059,11 @@ static void attention_decode(const Model *m, const Heads *a, View out, int B, in
                 Mat k = rows_of(element(a->k, first, g) + b * a->k_sequence, a->k.token);
                 Mat k_rope = rows_of(element(a->k_rope, first, g) + b * a->k_rope_sequence, a->k_rope.token);
                 Mat v = rows_of(element(a->v, first, g) + b * a->v_sequence, a->v.token);
-                if (group < MANY) {
+                if (group >= MANY && !a->rope) {
+                    matmul_serial(s, n, q, transpose(k), group, n, a->nope, 0);
+                } else {
                     matmul_few(s, n, q, transpose(k), group, n, a->nope, NULL, 0);
                     if (a->rope) matmul_few(s, n, q_rope, transpose(k_rope), group, n, a->rope, s, n);
-                } else {
-                    matmul_serial(s, n, q, transpose(k), group, n, a->nope, 0);
-                    if (a->rope) matmul_serial(s, n, q_rope, transpose(k_rope), group, n, a->rope, 1);
                 }
                 for (int r = 0; r < group; r++) {
                     real max = largest(s + r * n, n);
@@ -1375,7 +1374,7 @@ static void place_acts(Model *m, Arena *arena, int T, int training) {
     m->d_latent = take(arena, N * c->R);
     m->d_q_latent = take(arena, N * c->RQ);
     m->d_k_rope = take(arena, N * c->NKV * rope);
-    m->partial = take(arena, (size_t)PIECES * max_int(4 * c->C, c->QKV));
+    m->partial = take(arena, (size_t)PIECES * 4 * C);  // the widest bias, c_fc's
 }
 
 // Memory for the activations of up to B sequences of T tokens.
