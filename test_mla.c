@@ -70,7 +70,8 @@ static void matmul_plain(double *c, double *size, Mat a, Mat b, int M, int N, in
 
 static void test_matmul(void) {
     static const int shapes[][3] = {{1, 1, 1}, {1, 7, 5}, {2, 3, 400}, {5, 33, 1}, {6, 16, 8}, {7, 17, 9}, {8, 32, 384},
-        {13, 64, 385}, {63, 31, 100}, {64, 129, 70}, {65, 1, 65}, {97, 75, 33}, {130, 1025, 3}, {3, 2050, 17}, {66, 40, 800}};
+        {13, 64, 385}, {63, 31, 100}, {64, 129, 70}, {65, 1, 65}, {97, 75, 33}, {130, 1025, 3}, {3, 2050, 17}, {66, 40, 800},
+        {9, 270, 30}, {130, 300, 9}, {3, 5, 13000}};
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
         int M = shapes[s][0], N = shapes[s][1], K = shapes[s][2], pad = 3;
         long c_row = N + pad;  // rows of c lie apart: what is between them must stay
@@ -404,7 +405,7 @@ static void test_unequal_chunks(void) {
     a.q = (View){q, NH * HS, HS};
     for (int h = 0; h < NH; h++) {
         element(a.q, 0, h)[0] = sqrt(HS);
-        for (int t = 0; t < keys; t++) element(a.k, t, h)[0] = 200 * (t / CHUNK), element(a.v, t, h)[0] = t / CHUNK;
+        for (int t = 0; t < keys; t++) *panel_place(element(a.k, 0, h), t, HS) = 200 * (t / CHUNK), element(a.v, t, h)[0] = t / CHUNK;
     }
     attention_decode(m, &a, (View){out, NH * HS, HS}, 1, keys);
     for (int h = 0; h < NH; h++) worst = worse(worst, fabs(out[h * HS] - 2));

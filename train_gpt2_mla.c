@@ -322,9 +322,9 @@ typedef struct {
     int mode, B, capacity, used;  // sequences; tokens to each: at most, so far
     size_t layer_size;            // reals per layer
     real *layers;
-    real *parts, *scores;         // attention_decode's: (B, NH, chunks, value+2), per thread (NH, CHUNK)
+    real *parts, *scores;         // (B, NH, chunks, value+2), per thread (NH, CHUNK): see attend_chunk
     real *q_lat, *o_lat;          // (B, NH, R+rope), (B, NH, R) absorbed
-    real *kv;                     // (capacity, NH*(NOPE+HS)) latent: one sequence, decompressed
+    real *kv;                     // per thread (NH*(NOPE+HS)+rope, CHUNK) latent: a chunk, decompressed
 } Cache;
 
 typedef struct {
@@ -467,7 +467,7 @@ enum {
     VW = VEC_BYTES / sizeof(real),  // numbers in a vector
     NR = 2 * VW,
     MC = 8 * MR, KC = 384, NC = 1024,
-    NC_SERIAL = 128                 // the same for matmul_serial, whose panels are per thread
+    NC_SERIAL = 256                 // the same for matmul_serial, whose panels are per thread
 };
 
 // A matrix by its strides: element (i, j) is p[i*row + j*col]. Swapping the two transposes.
@@ -480,53 +480,61 @@ static Mat rows_of(const real *p, long row) { return (Mat){p, row, 1}; }
 static Mat transpose(Mat a) { return (Mat){a.p, a.col, a.row}; }
 static Mat transposed(const real *p, long row) { return transpose(rows_of(p, row)); }
 
-// c (MR, NR) = start + a' b for packed a (K, MR) and b (K, NR), whose rows are b_row apart: NR when
-// packed. `start` is c itself to add to it, a row with stride 0 to add a bias, NULL for zero.
-static void tile_kernel(int K, const real *a, const real *b, long b_row, real *c, long c_row,
-                        const real *start, long start_row) {
+// c (rows, vectors*VW) = start + a b. Number (i, k) of a is a[i*a_row + k*a_step], rows of b are b_row
+// apart. `start` is c itself to add to it, a row with stride 0 to add a bias, NULL for zero. Always
+// inlined, so that the constants of each caller unroll the loops and put acc into registers. A single
+// vector is for an a in its own place: while this tile's rows are read, the next tile's are called for.
+__attribute__((always_inline))
+static inline void tile(const int rows, const int vectors, int K, const real *a, long a_row, long a_step,
+                        const real *b, long b_row, real *c, long c_row, const real *start, long start_row) {
     vec acc[MR][2];
     #pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
-        for (int j = 0; j < 2; j++)
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < vectors; j++)
             acc[i][j] = start ? *(const vec *)(start + i * start_row + j * VW) : (vec){0};
-    for (int k = 0; k < K; k++, a += MR, b += b_row) {
-        vec b0 = *(const vec *)b, b1 = *(const vec *)(b + VW);
+    for (int k = 0; k < K; k++, a += a_step, b += b_row) {
+        vec b0 = *(const vec *)b, b1 = *(const vec *)(b + (vectors - 1) * VW);
         #pragma GCC unroll 8
-        for (int i = 0; i < MR; i++) {
-            acc[i][0] += a[i] * b0;
-            acc[i][1] += a[i] * b1;
+        for (int i = 0; i < rows; i++) {
+            if (vectors == 1 && k % 16 == 0) __builtin_prefetch(a + (rows + i) * a_row);
+            acc[i][0] += a[i * a_row] * b0;
+            if (vectors == 2) acc[i][1] += a[i * a_row] * b1;
         }
     }
     #pragma GCC unroll 8
-    for (int i = 0; i < MR; i++)
-        for (int j = 0; j < 2; j++)
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < vectors; j++)
             *(vec *)(c + i * c_row + j * VW) = acc[i][j];
 }
 
+// The tile of packed panels: c (MR, NR), a (K, MR), b (K, NR).
+static void tile_kernel(int K, const real *a, const real *b, real *c, long c_row, const real *start, long start_row) {
+    tile(MR, 2, K, a, 1, MR, b, NR, c, c_row, start, start_row);
+}
+
 // The same for a tile that sticks out of c: through a full tile of its own.
-static void tile_edge(int K, const real *a, const real *b, long b_row, real *c, long c_row, int rows,
-                      int cols, const real *start, long start_row) {
+static void tile_edge(int K, const real *a, const real *b, real *c, long c_row, int rows, int cols,
+                      const real *start, long start_row) {
     real t[MR * NR] = {0};
     for (int i = 0; start && i < rows; i++)
         memcpy(t + i * NR, start + i * start_row, cols * sizeof(real));
-    tile_kernel(K, a, b, b_row, t, NR, t, NR);
+    tile_kernel(K, a, b, t, NR, t, NR);
     for (int i = 0; i < rows; i++)
         memcpy(c + i * c_row, t + i * NR, cols * sizeof(real));
 }
 
-// All tiles of a block: c (M, N) = start + a b, with a packed by MR rows. b is packed by NR columns
-// if b_row is NR, else its rows lie b_row apart as they are.
-static void multiply_panels(real *c, long c_row, const real *a, const real *b, long b_row, int M, int N,
-                            int K, const real *start, long start_row) {
+// All tiles of a block: c (M, N) = start + a b, with a packed by MR rows and b by NR columns.
+static void multiply_panels(real *c, long c_row, const real *a, const real *b, int M, int N, int K,
+                            const real *start, long start_row) {
     for (int j = 0; j < N; j += NR)
         for (int i = 0; i < M; i += MR) {
-            const real *pa = a + (long)i * K, *pb = b + (b_row == NR ? (long)j * K : j);
+            const real *pa = a + (long)i * K, *pb = b + (long)j * K;
             const real *s = start ? start + i * start_row + j : NULL;
             real *pc = c + i * c_row + j;
             if (i + MR <= M && j + NR <= N)
-                tile_kernel(K, pa, pb, b_row, pc, c_row, s, start_row);
+                tile_kernel(K, pa, pb, pc, c_row, s, start_row);
             else
-                tile_edge(K, pa, pb, b_row, pc, c_row, min_int(MR, M - i), min_int(NR, N - j), s, start_row);
+                tile_edge(K, pa, pb, pc, c_row, min_int(MR, M - i), min_int(NR, N - j), s, start_row);
         }
 }
 
@@ -569,75 +577,120 @@ static _Thread_local real a_panels[MC * KC];         // a thread's block of a
 static _Thread_local real b_panels[NC_SERIAL * KC];  // and of b, in matmul_serial
 static real b_shared[NC * KC];                       // the block of b that all threads share
 
-// Eight dot products of length K: of x[0] with y[0..7], or of x[0..3] with y[0] and then y[1].
-static void dots_1x8(real sum[8], const real *const x[4], const real *const y[8], int K) {
-    const real *a = x[0], *b0 = y[0], *b1 = y[1], *b2 = y[2], *b3 = y[3], *b4 = y[4], *b5 = y[5], *b6 = y[6], *b7 = y[7];
-    real s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
-    #pragma omp simd reduction(+:s0, s1, s2, s3, s4, s5, s6, s7)
-    for (int k = 0; k < K; k++) {
-        s0 += a[k] * b0[k], s1 += a[k] * b1[k], s2 += a[k] * b2[k], s3 += a[k] * b3[k];
-        s4 += a[k] * b4[k], s5 += a[k] * b5[k], s6 += a[k] * b6[k], s7 += a[k] * b7[k];
-    }
-    memcpy(sum, (real[]){s0, s1, s2, s3, s4, s5, s6, s7}, 8 * sizeof(real));
+// --- A few rows: what decoding does all the time
+//
+// Each number of b is used M times only, too few to pay for packing b; it is read as it lies, and
+// memory should set the pace. How depends on what is contiguous in b.
+
+// Rows of b are, or b is in panels of NR columns (b_row NR): tiles of as many rows as there are. a's
+// numbers are adjacent within a row. Reads b up to NR numbers past its last row.
+static void few_by_rows(real *c, long c_row, Mat a, const real *b, long b_row, int M, int N, int K,
+                        const real *start, long start_row) {
+    for (int j = 0; j < N; j += NR)
+        for (int i = 0, rows; i < M; i += rows) {
+            const real *pa = a.p + i * a.row, *pb = b + (b_row == NR ? (long)j * K : j);
+            const real *s = start ? start + i * start_row + j : NULL;
+            real edge[MR * NR], *pc = c + i * c_row + j, *t = j + NR <= N ? pc : edge;
+            long t_row = t == edge ? NR : c_row, s_row = start_row;
+            rows = M - i >= MR ? MR : M - i >= 4 ? 4 : 1;
+            if (t == edge && s) {
+                for (int r = 0; r < rows; r++) memcpy(edge + r * NR, s + r * start_row, (N - j) * sizeof(real));
+                s = edge, s_row = NR;
+            }
+            if (rows == MR) tile(MR, 2, K, pa, a.row, 1, pb, b_row, t, t_row, s, s_row);
+            else if (rows == 4) tile(4, 2, K, pa, a.row, 1, pb, b_row, t, t_row, s, s_row);
+            else tile(1, 2, K, pa, a.row, 1, pb, b_row, t, t_row, s, s_row);
+            for (int r = 0; t == edge && r < rows; r++) memcpy(pc + r * c_row, edge + r * NR, (N - j) * sizeof(real));
+        }
 }
 
-static void dots_4x2(real sum[8], const real *const x[4], const real *const y[8], int K) {
-    const real *a0 = x[0], *a1 = x[1], *a2 = x[2], *a3 = x[3], *b0 = y[0], *b1 = y[1];
-    real s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
-    #pragma omp simd reduction(+:s0, s1, s2, s3, s4, s5, s6, s7)
-    for (int k = 0; k < K; k++) {
-        s0 += a0[k] * b0[k], s1 += a1[k] * b0[k], s2 += a2[k] * b0[k], s3 += a3[k] * b0[k];
-        s4 += a0[k] * b1[k], s5 += a1[k] * b1[k], s6 += a2[k] * b1[k], s7 += a3[k] * b1[k];
+// Columns of b are, and there are several rows: c' = b' a' instead, so that b's numbers are the ones that
+// multiply a vector, of VW rows of a. x holds a in panels of VW rows.
+static void few_by_columns(real *c, long c_row, const real *x, Mat b, int M, int N, int K, const real *start,
+                           long start_row) {
+    for (int n = 0, cols; n < N; n += cols) {
+        cols = N - n >= MR ? MR : 1;
+        for (int m = 0; m < M; m += VW) {
+            real t[MR * VW];  // (cols, VW)
+            const real *pb = b.p + n * b.col, *px = x + (long)m * K;
+            if (cols == MR) tile(MR, 1, K, pb, b.col, 1, px, VW, t, VW, NULL, 0);
+            else tile(1, 1, K, pb, b.col, 1, px, VW, t, VW, NULL, 0);
+            for (int i = m; i < min_int(m + VW, M); i++)
+                for (int j = 0; j < cols; j++)
+                    c[i * c_row + n + j] = (start ? start[i * start_row + n + j] : 0) + t[j * VW + i - m];
+        }
     }
-    memcpy(sum, (real[]){s0, s1, s2, s3, s4, s5, s6, s7}, 8 * sizeof(real));
 }
 
-// The same within one thread for a few rows of a, whose numbers are adjacent: what decoding does all
-// the time. Each number of b is used M times only, too few to pay for packing; b is read as it lies,
-// and memory sets the pace.
-static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start,
-                       long start_row) {
-    if (b.row == 1) {  // columns of b are contiguous: dot products, several that share their loads
-        int rows = M < 4 ? 1 : 4, part = M < 4 ? (N + 7) / 8 : (N + 1) / 2;
-        for (int j = 0; j < part; j++)  // columns j, j + part, ...: streams without gaps, as memory likes them
-            for (int i = 0; i < M; i += rows) {  // at the edges some are computed twice
-                const real *x[4], *y[8];
-                real sum[8] = {0};
-                for (int r = 0; r < 4; r++) x[r] = a.p + min_int(i + r, M - 1) * a.row;
-                for (int n = 0; n < 8; n++) y[n] = b.p + min_int(j + n * part, N - 1) * b.col;
-                if (rows == 1) dots_1x8(sum, x, y, K);
-                else dots_4x2(sum, x, y, K);
-                for (int r = 0; r < min_int(rows, M - i); r++)
-                    for (int n = j; n < N; n += part)
-                        c[(i + r) * c_row + n] = (start ? start[(i + r) * start_row + n] : 0) + sum[r + (n - j) / part * rows];
-            }
-    } else {  // rows of b are contiguous: tiles; b must be readable up to NR numbers past its last row
-        for (int k0 = 0; k0 < K; k0 += KC)
-            for (int i0 = 0; i0 < M; i0 += MC) {
-                int kc = min_int(KC, K - k0), mc = min_int(MC, M - i0);
-                real *c0 = c + i0 * c_row;
-                const real *s0 = k0 ? c0 : start ? start + i0 * start_row : NULL;
-                pack(a_panels, a.p + i0 * a.row + k0, a.row, 1, mc, kc, MR);
-                multiply_panels(c0, c_row, a_panels, b.p + k0 * b.row, b.row, mc, N, kc, s0, k0 ? c_row : start_row);
-            }
+// The same for one row, x: dot products, eight at a time. They stand N/8 columns apart, so that
+// memory delivers eight streams without gaps.
+static void few_dots(real *c, const real *x, Mat b, int N, int K, const real *start) {
+    int part = (N + 7) / 8;
+    for (int j = 0; j < part; j++) {
+        const real *y[8];  // some are computed twice at the end
+        for (int n = 0; n < 8; n++) y[n] = b.p + min_int(j + n * part, N - 1) * b.col;
+        const real *b0 = y[0], *b1 = y[1], *b2 = y[2], *b3 = y[3], *b4 = y[4], *b5 = y[5], *b6 = y[6], *b7 = y[7];
+        real s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
+        #pragma omp simd reduction(+:s0, s1, s2, s3, s4, s5, s6, s7)
+        for (int k = 0; k < K; k++) {
+            s0 += x[k] * b0[k], s1 += x[k] * b1[k], s2 += x[k] * b2[k], s3 += x[k] * b3[k];
+            s4 += x[k] * b4[k], s5 += x[k] * b5[k], s6 += x[k] * b6[k], s7 += x[k] * b7[k];
+        }
+        real sum[8] = {s0, s1, s2, s3, s4, s5, s6, s7};
+        for (int n = 0, at = j; n < 8 && at < N; n++, at += part) c[at] = (start ? start[at] : 0) + sum[n];
     }
+}
+
+// c (M, N) = start + a b for a few rows within one thread; a's numbers are adjacent within a row.
+static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
+    if (b.col == 1) few_by_rows(c, c_row, a, b.p, b.row, M, N, K, start, start_row);
+    else if (M == 1) few_dots(c, a.p, b, N, K, start);
+    else
+        for (int m = 0; m < M; m += VW)
+            for (int k = 0; k < K; k += KC) {
+                int rows = min_int(VW, M - m), kc = min_int(KC, K - k);
+                real *cm = c + m * c_row;
+                pack(b_panels, a.p + m * a.row + k, a.row, 1, rows, kc, VW);
+                few_by_columns(cm, c_row, b_panels, (Mat){b.p + k, 1, b.col}, rows, N, kc,
+                               k ? cm : start ? start + m * start_row : NULL, k ? c_row : start_row);
+            }
 }
 
 enum { FEW = 16, COLUMNS = 64 };  // rows that are few; columns to a piece of work for them
 
+// matmul for few rows: threads share out the columns of c, and the panels of a.
+static void matmul_thin(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
+    int deep = NC * KC / (FEW + VW);  // as many numbers of each row as b_shared holds
+    #pragma omp parallel
+    for (int k0 = 0; k0 < K; k0 += deep) {
+        int kc = min_int(deep, K - k0);
+        if (M > 1) {
+            #pragma omp for
+            for (int k = 0; k < kc; k += COLUMNS)
+                for (int m = 0; m < M; m += VW)
+                    pack(b_shared + (long)m * kc + k * VW, a.p + m * a.row + k0 + k, a.row, 1, min_int(VW, M - m),
+                         min_int(COLUMNS, kc - k), VW);
+        }
+        #pragma omp for
+        for (int j = 0; j < N; j += COLUMNS) {
+            Mat columns = {b.p + j * b.col + k0, 1, b.col};
+            int n = min_int(COLUMNS, N - j);
+            const real *s = k0 ? c + j : start ? start + j : NULL;
+            if (M > 1) few_by_columns(c + j, c_row, b_shared, columns, M, n, kc, s, k0 ? c_row : start_row);
+            else few_dots(c + j, a.p + k0, columns, n, kc, s);
+        }
+    }
+}
+
 // c (M, N) = start + a (M, K) b (K, N), by all threads; c's rows are c_row apart. For start see
-// tile_kernel. Blocks of c's rows are the unit of work.
+// tile. Blocks of c's rows are the unit of work.
 static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start,
                    long start_row) {
     if (M <= FEW && a.col == 1 && b.row == 1) {
-        #pragma omp parallel for
-        for (int j = 0; j < N; j += COLUMNS)
-            matmul_few(c + j, c_row, a, (Mat){b.p + j * b.col, 1, b.col}, M, min_int(COLUMNS, N - j), K,
-                       start ? start + j : NULL, start_row);
+        matmul_thin(c, c_row, a, b, M, N, K, start, start_row);
         return;
     }
-    int block = min_int(MC, (M / omp_get_max_threads() + MR - 1) / MR * MR);  // rows; enough blocks for all
-    block = max_int(block, MR);
+    int block = max_int(MR, min_int(MC, (M / omp_get_max_threads() + MR - 1) / MR * MR));  // rows; enough blocks for all
     #pragma omp parallel
     for (int j0 = 0; j0 < N; j0 += NC)
         for (int k0 = 0; k0 < K; k0 += KC) {
@@ -652,7 +705,7 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
                 real *c0 = c + i0 * c_row + j0;
                 const real *s0 = k0 ? c0 : start ? start + i0 * start_row + j0 : NULL;
                 pack(a_panels, a.p + i0 * a.row + k0 * a.col, a.row, a.col, mc, kc, MR);
-                multiply_panels(c0, c_row, a_panels, b_shared, NR, mc, nc, kc, s0, k0 ? c_row : start_row);
+                multiply_panels(c0, c_row, a_panels, b_shared, mc, nc, kc, s0, k0 ? c_row : start_row);
             }
         }
 }
@@ -666,8 +719,9 @@ static void matmul_serial(real *c, long c_row, Mat a, Mat b, int M, int N, int K
             for (int j0 = 0; j0 < N; j0 += NC_SERIAL) {
                 int nc = min_int(NC_SERIAL, N - j0);
                 real *c0 = c + i0 * c_row + j0;
-                pack(b_panels, b.p + j0 * b.col + k0 * b.row, b.col, b.row, nc, kc, NR);
-                multiply_panels(c0, c_row, a_panels, b_panels, NR, mc, nc, kc, add || k0 ? c0 : NULL, c_row);
+                if (i0 == 0 || N > NC_SERIAL)  // else the only block of b is still packed
+                    pack(b_panels, b.p + j0 * b.col + k0 * b.row, b.col, b.row, nc, kc, NR);
+                multiply_panels(c0, c_row, a_panels, b_panels, mc, nc, kc, add || k0 ? c0 : NULL, c_row);
             }
         }
 }
@@ -935,7 +989,9 @@ typedef struct {
     int heads, kv_heads;     // NH, NKV
     int nope, rope, value;   // widths of q_nope, q_rope and v
     View q, k, k_rope, v;    // q (N, NH, nope+rope), k (N, NKV, nope), k_rope (N, 1, rope), v (N, NKV, value)
-    long k_sequence, k_rope_sequence, v_sequence;  // decoding: from one sequence's cache to the next
+    // decoding: from one sequence's cache to the next; whether keys are in panels
+    long k_sequence, k_rope_sequence, v_sequence;
+    int panels;
 } Heads;
 
 // The matrix whose rows are the tokens from t on, of head h.
@@ -1034,58 +1090,74 @@ static void attention_backward(const Model *m, const Heads *a, const Heads *d, V
 }
 
 // --- One query
-
+//
 // Decoding asks for one query per sequence, against `keys` keys in a cache. There is nothing to
 // reuse but the group of query heads that share a key/value head: its `group` queries are the rows
 // of the products here. Keys are cut into chunks, the unit of work, so that even a single sequence
 // with a single key/value head keeps all threads busy. A chunk's softmax is relative to its own
 // maximum; the chunks are then weighted by e^(their maximum - the largest):
 //     out = sum_c w_c o_c / sum_c w_c sum_c,   w_c = e^(max_c - max)
-// q (B, NH, nope+rope), out (B, NH, value); k, k_rope, v view the cache of sequence 0.
-enum { CHUNK = 256, MANY = 4 };  // keys to a chunk; queries to a group from which on packing the keys pays
 
-static void attention_decode(const Model *m, const Heads *a, View out, int B, int keys) {
-    int group = a->heads / a->kv_heads, chunks = (keys + CHUNK - 1) / CHUNK, row = a->value + 2;
+enum { CHUNK = 256 };  // keys to a chunk; a multiple of NR
+
+// What becomes of the chunks: (B, NH, chunks, value+2), for each head o_c, max_c, sum_c.
+static real *part_of_chunk(const Model *m, int b, int h, int chunk, int chunks, int value) {
+    return m->cache->parts + (((long)b * m->c.NH + h) * chunks + chunk) * (value + 2);
+}
+
+// One chunk of n keys: q (group, K) and k (K, n), rotary q_rope and k_rope or those of no width, v (n, value).
+// part: the group's first head's, the next one's part_row behind it; s is room for (group, CHUNK) scores.
+static void attend_chunk(real *part, long part_row, real *s, Mat q, Mat k, int K, Mat q_rope, Mat k_rope, int rope,
+                         Mat v, int value, int group, int n, real scale) {
+    matmul_few(s, CHUNK, q, k, group, n, K, NULL, 0);
+    if (rope) matmul_few(s, CHUNK, q_rope, k_rope, group, n, rope, s, CHUNK);
+    for (int r = 0; r < group; r++) {
+        real *sr = s + r * CHUNK, *end = part + r * part_row + value;
+        end[0] = largest(sr, n);
+        end[1] = exp_row(sr, n, scale, end[0]);
+    }
+    matmul_few(part, part_row, rows_of(s, CHUNK), v, group, value, n, NULL, 0);
+}
+
+// out (B, NH, value) from the chunks.
+static void join_chunks(const Model *m, View out, int B, int chunks, int value) {
     real scale = 1 / (real)sqrt(m->c.HS);
-    real *parts = m->cache->parts;  // (B, NKV, chunks, group, value+2): o_c, max_c, sum_c
+    #pragma omp parallel for collapse(2)
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < m->c.NH; h++) {
+            const real *part = part_of_chunk(m, b, h, 0, chunks, value);
+            real *o = element(out, b, h), max = part[value], sum = 0;
+            for (int c = 1; c < chunks; c++) max = fmax(max, part[c * (value + 2) + value]);
+            memset(o, 0, value * sizeof(real));
+            for (int c = 0; c < chunks; c++, part += value + 2) {
+                real w = fast_exp(scale * (part[value] - max));
+                sum += w * part[value + 1];
+                for (int e = 0; e < value; e++) o[e] += w * part[e];
+            }
+            for (int e = 0; e < value; e++) o[e] /= sum;
+        }
+}
+
+// q (B, NH, nope+rope), out (B, NH, value); k, k_rope, v view the cache of sequence 0. Keys in panels are
+// as chapter 3 packs them: NR keys, number by number.
+static void attention_decode(const Model *m, const Heads *a, View out, int B, int keys) {
+    int group = a->heads / a->kv_heads, chunks = (keys + CHUNK - 1) / CHUNK;
+    real scale = 1 / (real)sqrt(m->c.HS);
     #pragma omp parallel for collapse(3) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int g = 0; g < a->kv_heads; g++)
             for (int c = 0; c < chunks; c++) {
-                int first = c * CHUNK, n = min_int(CHUNK, keys - first);
-                real *s = m->cache->scores + (long)omp_get_thread_num() * m->c.NH * CHUNK;  // (group, n)
-                real *part = parts + ((long)(b * a->kv_heads + g) * chunks + c) * group * row;
+                long first = (long)c * CHUNK;
+                real *s = m->cache->scores + (long)omp_get_thread_num() * m->c.NH * CHUNK;
                 Mat q = rows_of(element(a->q, b, g * group), a->q.head), q_rope = rows_of(q.p + a->nope, a->q.head);
-                Mat k = rows_of(element(a->k, first, g) + b * a->k_sequence, a->k.token);
-                Mat k_rope = rows_of(element(a->k_rope, first, g) + b * a->k_rope_sequence, a->k_rope.token);
+                Mat k = transposed(element(a->k, first, g) + b * a->k_sequence, a->k.token);
+                Mat k_rope = transposed(element(a->k_rope, first, g) + b * a->k_rope_sequence, a->k_rope.token);
                 Mat v = rows_of(element(a->v, first, g) + b * a->v_sequence, a->v.token);
-                if (group >= MANY && !a->rope) {
-                    matmul_serial(s, n, q, transpose(k), group, n, a->nope, 0);
-                } else {
-                    matmul_few(s, n, q, transpose(k), group, n, a->nope, NULL, 0);
-                    if (a->rope) matmul_few(s, n, q_rope, transpose(k_rope), group, n, a->rope, s, n);
-                }
-                for (int r = 0; r < group; r++) {
-                    real max = largest(s + r * n, n);
-                    part[r * row + a->value] = max;
-                    part[r * row + a->value + 1] = exp_row(s + r * n, n, scale, max);
-                }
-                matmul_few(part, row, rows_of(s, n), v, group, a->value, n, NULL, 0);
+                if (a->panels) k = rows_of(k.p, NR), k_rope = rows_of(k_rope.p, NR);
+                attend_chunk(part_of_chunk(m, b, g * group, c, chunks, a->value), (long)chunks * (a->value + 2), s, q, k,
+                             a->nope, q_rope, k_rope, a->rope, v, a->value, group, min_int(CHUNK, keys - first), scale);
             }
-    #pragma omp parallel for collapse(2)
-    for (int b = 0; b < B; b++)
-        for (int h = 0; h < a->heads; h++) {
-            const real *part = parts + ((long)(b * a->kv_heads + h / group) * chunks * group + h % group) * row;
-            real *o = element(out, b, h), max = part[a->value], sum = 0;
-            for (int c = 1; c < chunks; c++) max = fmax(max, part[(long)c * group * row + a->value]);
-            memset(o, 0, a->value * sizeof(real));
-            for (int c = 0; c < chunks; c++, part += group * row) {
-                real w = fast_exp(scale * (part[a->value] - max));
-                sum += w * part[a->value + 1];
-                for (int e = 0; e < a->value; e++) o[e] += w * part[e];
-            }
-            for (int e = 0; e < a->value; e++) o[e] /= sum;
-        }
+    join_chunks(m, out, B, chunks, a->value);
 }
 
 // ============================================================================================
@@ -1149,12 +1221,6 @@ static void mla_latents(Model *m, int l, const Acts *acts, int N) {
     if (c->RQ) norm_forward(m->q_latent, acts->q_a, c->RQ, w[QA_NORM_W], w[QA_NORM_B], N, c->RQ, c->latent_norm);
 }
 
-// Keys and values of N tokens from their latents (N, R), latent_row apart (21). W_UKV is kv_b_proj.
-static void mla_decompress(const Model *m, int l, real *kv, const real *latent, long latent_row, int N) {
-    int R = m->c.R, KV = m->c.NH * (m->c.NOPE + m->c.HS);
-    matmul(kv, KV, rows_of(latent, latent_row), transposed(m->w[l][KVB_W], R), N, KV, R, NULL, 0);
-}
-
 // With `decompress` off, keys and values stay in their latents: decoding may not need them.
 static void mla_forward(Model *m, int l, Acts *acts, int N, int decompress) {
     const Config *c = &m->c;
@@ -1163,7 +1229,8 @@ static void mla_forward(Model *m, int l, Acts *acts, int N, int decompress) {
     linear_forward(acts->kv_a, m->norm, w[KVA_W], NULL, N, c->C, kv_a);                          // (20, 23)
     if (c->RQ) linear_forward(acts->q_a, m->norm, w[QA_W], NULL, N, c->C, c->RQ);                // (22)
     mla_latents(m, l, acts, N);
-    if (decompress) mla_decompress(m, l, acts->kv, m->latent, c->R, N);
+    if (decompress)                                                                              // (21)
+        linear_forward(acts->kv, m->latent, w[KVB_W], NULL, N, c->R, c->NH * (c->NOPE + c->HS));
     if (c->RQ) linear_forward(acts->q, m->q_latent, w[QB_W], NULL, N, c->RQ, c->NH * c->HS);     // (22)
     else linear_forward(acts->q, m->norm, w[Q_W], NULL, N, c->C, c->NH * c->HS);
 }
@@ -1199,9 +1266,10 @@ static void mla_backward(Model *m, int l, const Acts *acts, int N) {
 
 // --- The cache: what decoding keeps of the tokens so far
 //
-// Per layer and sequence, CACHE_FULL keeps keys and values by head, k (NKV, capacity, NOPE) and
-// v (NKV, capacity, HS), and the shared rotary key once, k_rope (capacity, rope). For mla the two
-// others keep one row per token instead, [normed latent; rotated key] (capacity, R+rope).
+// Per layer and sequence, CACHE_FULL keeps keys and values by head and the shared rotary key once:
+// k (NKV, capacity, NOPE) and k_rope (capacity, rope) in panels of NR keys, so that a query meets NR keys
+// with each multiply-add; v (NKV, capacity, HS) in rows. For mla the two others keep one row per token
+// instead, [normed latent; rotated key] (capacity, R+rope).
 
 static Heads cache_heads(const Model *m, int l) {  // views of a full cache's layer l
     const Config *c = &m->c;
@@ -1209,10 +1277,18 @@ static Heads cache_heads(const Model *m, int l) {  // views of a full cache's la
     long capacity = cache->capacity, keys = capacity * c->NKV * c->NOPE, values = capacity * c->NKV * c->HS;
     long rope = c->HS - c->NOPE;
     real *base = cache->layers + l * cache->layer_size;
-    return (Heads){.heads = c->NH, .kv_heads = c->NKV, .nope = c->NOPE, .rope = rope, .value = c->HS,
+    return (Heads){.heads = c->NH, .kv_heads = c->NKV, .nope = c->NOPE, .rope = rope, .value = c->HS, .panels = 1,
                    .k = {base, c->NOPE, capacity * c->NOPE}, .k_sequence = keys,
                    .v = {base + cache->B * keys, c->HS, capacity * c->HS}, .v_sequence = values,
                    .k_rope = {base + cache->B * (keys + values), rope, 0}, .k_rope_sequence = capacity * rope};
+}
+
+// Where the numbers of key `at`, n of them, stand among panels: NR apart.
+static real *panel_place(real *panels, long at, int n) { return panels + at / NR * NR * n + at % NR; }
+
+static void panel_put(real *panels, long at, const real *key, int n) {
+    real *place = panel_place(panels, at, n);
+    for (int i = 0; i < n; i++) place[(long)i * NR] = key[i];
 }
 
 // Appends T tokens of each sequence, from what the front end just made.
@@ -1232,28 +1308,38 @@ static void cache_append(Model *m, int l, const Acts *acts, int B, int T) {
                 continue;
             }
             for (int g = 0; g < c->NKV; g++) {
-                memcpy(element(to.k, at, g) + b * to.k_sequence, element(from.k, n, g), c->NOPE * sizeof(real));
+                panel_put(element(to.k, 0, g) + b * to.k_sequence, at, element(from.k, n, g), c->NOPE);
                 memcpy(element(to.v, at, g) + b * to.v_sequence, element(from.v, n, g), c->HS * sizeof(real));
             }
-            memcpy(element(to.k_rope, at, 0) + b * to.k_rope_sequence, element(from.k_rope, n, 0), rope * sizeof(real));
+            panel_put(to.k_rope.p + b * to.k_rope_sequence, at, element(from.k_rope, n, 0), rope);
         }
 }
 
-// Cached latents, decompressed at every step into keys and values of all tokens so far: the memory
-// of MLA at the price of NH*(NOPE+HS)*R multiply-adds per cached token, layer and step.
+// Cached latents, decompressed at every step into keys and values of all tokens so far (21): the memory
+// of MLA at the price of NH*(NOPE+HS)*R multiply-adds per cached token, layer and step. A chunk of
+// tokens at a time, whose keys and values, kv (KV, CHUNK), never leave the thread's caches. The rotary
+// keys join them there, transposed likewise.
 static void decode_latent(Model *m, int l, const Acts *acts, View out, int B, int keys) {
     const Config *c = &m->c;
-    Heads a = heads_of(m, acts);
-    long kv_row = c->NH * (c->NOPE + c->HS), row = c->R + a.rope;
-    for (int b = 0; b < B; b++) {
-        real *latent = m->cache->layers + l * m->cache->layer_size + (long)b * m->cache->capacity * row;
-        mla_decompress(m, l, m->cache->kv, latent, row, keys);
-        a.q.p = acts->q + (long)b * a.q.token;
-        a.k = (View){m->cache->kv, kv_row, c->NOPE + c->HS};
-        a.v = (View){m->cache->kv + c->NOPE, kv_row, c->NOPE + c->HS};
-        a.k_rope = (View){latent + c->R, row, 0};
-        attention_decode(m, &a, (View){out.p + b * out.token, out.token, out.head}, 1, keys);
-    }
+    int HS = c->HS, NOPE = c->NOPE, R = c->R, rope = HS - NOPE, KV = c->NH * (NOPE + HS), chunks = (keys + CHUNK - 1) / CHUNK;
+    real scale = 1 / (real)sqrt(HS);
+    #pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int b = 0; b < B; b++)
+        for (int chunk = 0; chunk < chunks; chunk++) {
+            int first = chunk * CHUNK, n = min_int(CHUNK, keys - first), row = R + rope;
+            real *s = m->cache->scores + (long)omp_get_thread_num() * c->NH * CHUNK;
+            real *kv = m->cache->kv + (long)omp_get_thread_num() * (KV + rope) * CHUNK, *k_rope = kv + (long)KV * CHUNK;
+            const real *latent = m->cache->layers + l * m->cache->layer_size + ((long)b * m->cache->capacity + first) * row;
+            matmul_serial(kv, CHUNK, rows_of(m->w[l][KVB_W], R), transposed(latent, row), KV, n, R, 0);
+            for (int j = 0; j < n; j++)
+                for (int i = 0; i < rope; i++) k_rope[i * CHUNK + j] = latent[(long)j * row + R + i];
+            for (int h = 0; h < c->NH; h++) {
+                const real *q = acts->q + ((long)b * c->NH + h) * HS, *k = kv + (long)h * (NOPE + HS) * CHUNK;
+                attend_chunk(part_of_chunk(m, b, h, chunk, chunks, HS), 0, s, rows_of(q, HS), rows_of(k, CHUNK), NOPE,
+                             rows_of(q + NOPE, HS), rows_of(k_rope, CHUNK), rope, transposed(k + NOPE * CHUNK, CHUNK), HS, 1, n, scale);
+            }
+        }
+    join_chunks(m, out, B, chunks, HS);
 }
 
 // ABSORPTION: decoding from the latents themselves. Keys and values are linear in the latent c_j,
@@ -2239,20 +2325,20 @@ static void checkpoint_read_model(const Checkpoint *k, Model *m, int moments) {
 
 static void place_cache(const Model *m, Cache *cache, Arena *arena) {
     const Config *c = &m->c;
-    size_t B = cache->B, NH = c->NH, chunks = (cache->capacity + CHUNK - 1) / CHUNK;
+    size_t B = cache->B, NH = c->NH, chunks = (cache->capacity + CHUNK - 1) / CHUNK, threads = omp_get_max_threads();
     cache->layers = take(arena, cache->layer_size * c->L);
     cache->parts = take(arena, B * NH * chunks * (max_int(c->HS, c->R) + 2));
-    cache->scores = take(arena, (size_t)omp_get_max_threads() * NH * CHUNK);
+    cache->scores = take(arena, threads * NH * CHUNK);
     cache->q_lat = take(arena, cache->mode == CACHE_ABSORBED ? B * NH * (c->R + c->HS - c->NOPE) : 0);
     cache->o_lat = take(arena, cache->mode == CACHE_ABSORBED ? B * NH * c->R : 0);
-    cache->kv = take(arena, cache->mode == CACHE_LATENT ? cache->capacity * NH * (c->NOPE + c->HS) : 0);
+    cache->kv = take(arena, cache->mode == CACHE_LATENT ? threads * (NH * (c->NOPE + c->HS) + c->HS - c->NOPE) * CHUNK : 0);
 }
 
 // Everything that decoding B sequences of up to `capacity` tokens will need: no step allocates.
 static Cache *cache_create(const Model *m, int mode, int B, int capacity) {
     Cache *cache = allocate(sizeof *cache, "cache");
-    *cache = (Cache){.mode = mode, .B = B, .capacity = capacity};
-    cache->layer_size = (size_t)cache_floats(&m->c, mode) / m->c.L * B * capacity;
+    *cache = (Cache){.mode = mode, .B = B, .capacity = (capacity + NR - 1) / NR * NR};  // whole panels
+    cache->layer_size = (size_t)cache_floats(&m->c, mode) / m->c.L * B * cache->capacity;
     Arena arena = {0};
     place_cache(m, cache, &arena);
     arena_allocate(&arena, "KV cache");
@@ -2535,7 +2621,7 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
         }
         if (sample && cache) {
             uint64_t key = random_stream(o->seed, STREAM_SAMPLE, step);
-            generate(m, cache, &start_token, 1, min_int(200, cache->capacity), &how, key, tokenizer, NULL);
+            generate(m, cache, &start_token, 1, min_int(200, T), &how, key, tokenizer, NULL);
             printf("\n");
         }
         if (log) {
