@@ -131,8 +131,8 @@ static void test_exp(void) {
 
 // A small model of any kind, its parameters far enough from their start that every gradient counts.
 // V*C numbers are more than a checkpoint is written and read by at a time.
-static Model *small_model(int attention, int position, int norm, int RQ, int B, int T) {
-    Config c = {.attention = attention, .position = position, .latent_norm = norm, .L = 2, .NH = 4, .NKV = -1, .C = 24,
+static Model *model_of_heads(int NH, int attention, int position, int norm, int RQ, int B, int T) {
+    Config c = {.attention = attention, .position = position, .latent_norm = norm, .L = 2, .NH = NH, .NKV = -1, .C = 6 * NH,
                 .block_size = T, .V = 180, .RQ = RQ, .R = -1, .RD = -1};
     config_complete(&c, 1, "test");
     Model *m = model_create(&c, 1);
@@ -140,6 +140,10 @@ static Model *small_model(int attention, int position, int norm, int RQ, int B, 
     for (size_t i = 0; i < m->block; i++) m->params[i] += (real)(0.2 * random_normal(6, i));
     model_reserve(m, B, T, 1);
     return m;
+}
+
+static Model *small_model(int attention, int position, int norm, int RQ, int B, int T) {
+    return model_of_heads(4, attention, position, norm, RQ, B, T);
 }
 
 static void random_tokens(int *x, int n, int V) {
@@ -383,11 +387,11 @@ static void test_finite_differences(void) {
 
 // --- The rest of training
 
-static void test_long_decoding(void) {  // over several chunks of keys
+static void test_long_decoding(void) {  // over several chunks of keys, more heads than are decompressed together
     static const int kinds[][2] = {{MHA, DECOUPLED}, {GQA, ROPE}, {MQA, LEARNED}, {MLA, LEARNED}, {MLA, DECOUPLED}};
     int T = 2 * CHUNK + 29;
     for (int k = 0; k < 5; k++) {
-        Model *m = small_model(kinds[k][0], kinds[k][1], LAYERNORM, -1, 3, T);
+        Model *m = model_of_heads(k < 4 ? 4 : DECOMPRESS + 2, kinds[k][0], kinds[k][1], LAYERNORM, -1, 3, T);
         test_decoding(attention_names[kinds[k][0]], m, T);
         model_free(m);
     }

@@ -324,7 +324,7 @@ typedef struct {
     real *layers;
     real *parts, *scores;         // (B, NH, chunks, value+2), per thread (NH, CHUNK): see attend_chunk
     real *q_lat, *o_lat;          // (B, NH, R+rope), (B, NH, R) absorbed
-    real *kv;                     // per thread (NH*(NOPE+HS)+rope, CHUNK) latent: a chunk, decompressed
+    real *kv;                     // per thread (DECOMPRESS*(NOPE+HS)+rope, CHUNK) latent: a chunk, decompressed
 } Cache;
 
 typedef struct {
@@ -1098,7 +1098,7 @@ static void attention_backward(const Model *m, const Heads *a, const Heads *d, V
 // maximum; the chunks are then weighted by e^(their maximum - the largest):
 //     out = sum_c w_c o_c / sum_c w_c sum_c,   w_c = e^(max_c - max)
 
-enum { CHUNK = 256 };  // keys to a chunk; a multiple of NR
+enum { CHUNK = 256, DECOMPRESS = 8 };  // keys to a chunk, a multiple of NR; heads that decode_latent takes together
 
 // What becomes of the chunks: (B, NH, chunks, value+2), for each head o_c, max_c, sum_c.
 static real *part_of_chunk(const Model *m, int b, int h, int chunk, int chunks, int value) {
@@ -1316,29 +1316,33 @@ static void cache_append(Model *m, int l, const Acts *acts, int B, int T) {
 }
 
 // Cached latents, decompressed at every step into keys and values of all tokens so far (21): the memory
-// of MLA at the price of NH*(NOPE+HS)*R multiply-adds per cached token, layer and step. A chunk of
-// tokens at a time, whose keys and values, kv (KV, CHUNK), never leave the thread's caches. The rotary
-// keys join them there, transposed likewise.
+// of MLA at the price of NH*(NOPE+HS)*R multiply-adds per cached token, layer and step. Done for a chunk
+// of tokens and a few heads at a time, whose keys and values, kv (heads*(NOPE+HS), CHUNK), never leave the
+// thread's caches. The rotary keys join them there, transposed likewise.
 static void decode_latent(Model *m, int l, const Acts *acts, View out, int B, int keys) {
     const Config *c = &m->c;
-    int HS = c->HS, NOPE = c->NOPE, R = c->R, rope = HS - NOPE, KV = c->NH * (NOPE + HS), chunks = (keys + CHUNK - 1) / CHUNK;
+    int HS = c->HS, NOPE = c->NOPE, R = c->R, rope = HS - NOPE, head = NOPE + HS, chunks = (keys + CHUNK - 1) / CHUNK;
     real scale = 1 / (real)sqrt(HS);
-    #pragma omp parallel for collapse(2) schedule(dynamic)
+    #pragma omp parallel for collapse(3) schedule(dynamic)
     for (int b = 0; b < B; b++)
-        for (int chunk = 0; chunk < chunks; chunk++) {
-            int first = chunk * CHUNK, n = min_int(CHUNK, keys - first), row = R + rope;
-            real *s = m->cache->scores + (long)omp_get_thread_num() * c->NH * CHUNK;
-            real *kv = m->cache->kv + (long)omp_get_thread_num() * (KV + rope) * CHUNK, *k_rope = kv + (long)KV * CHUNK;
-            const real *latent = m->cache->layers + l * m->cache->layer_size + ((long)b * m->cache->capacity + first) * row;
-            matmul_serial(kv, CHUNK, rows_of(m->w[l][KVB_W], R), transposed(latent, row), KV, n, R, 0);
-            for (int j = 0; j < n; j++)
-                for (int i = 0; i < rope; i++) k_rope[i * CHUNK + j] = latent[(long)j * row + R + i];
-            for (int h = 0; h < c->NH; h++) {
-                const real *q = acts->q + ((long)b * c->NH + h) * HS, *k = kv + (long)h * (NOPE + HS) * CHUNK;
-                attend_chunk(part_of_chunk(m, b, h, chunk, chunks, HS), 0, s, rows_of(q, HS), rows_of(k, CHUNK), NOPE,
-                             rows_of(q + NOPE, HS), rows_of(k_rope, CHUNK), rope, transposed(k + NOPE * CHUNK, CHUNK), HS, 1, n, scale);
+        for (int chunk = 0; chunk < chunks; chunk++)
+            for (int h0 = 0; h0 < c->NH; h0 += DECOMPRESS) {
+                int first = chunk * CHUNK, n = min_int(CHUNK, keys - first), heads = min_int(DECOMPRESS, c->NH - h0);
+                long row = R + rope, thread = omp_get_thread_num();
+                real *s = m->cache->scores + thread * c->NH * CHUNK;
+                real *kv = m->cache->kv + thread * (DECOMPRESS * head + rope) * CHUNK, *k_rope = kv + DECOMPRESS * head * CHUNK;
+                const real *latent = m->cache->layers + l * m->cache->layer_size + ((long)b * m->cache->capacity + first) * row;
+                const real *w = m->w[l][KVB_W] + (long)h0 * head * R;
+                matmul_serial(kv, CHUNK, rows_of(w, R), transposed(latent, row), heads * head, n, R, 0);
+                for (int j = 0; j < n; j++)
+                    for (int i = 0; i < rope; i++) k_rope[i * CHUNK + j] = latent[j * row + R + i];
+                for (int h = 0; h < heads; h++) {
+                    const real *q = acts->q + ((long)b * c->NH + h0 + h) * HS, *k = kv + (long)h * head * CHUNK;
+                    attend_chunk(part_of_chunk(m, b, h0 + h, chunk, chunks, HS), 0, s, rows_of(q, HS), rows_of(k, CHUNK),
+                                 NOPE, rows_of(q + NOPE, HS), rows_of(k_rope, CHUNK), rope,
+                                 transposed(k + NOPE * CHUNK, CHUNK), HS, 1, n, scale);
+                }
             }
-        }
     join_chunks(m, out, B, chunks, HS);
 }
 
@@ -2331,7 +2335,7 @@ static void place_cache(const Model *m, Cache *cache, Arena *arena) {
     cache->scores = take(arena, threads * NH * CHUNK);
     cache->q_lat = take(arena, cache->mode == CACHE_ABSORBED ? B * NH * (c->R + c->HS - c->NOPE) : 0);
     cache->o_lat = take(arena, cache->mode == CACHE_ABSORBED ? B * NH * c->R : 0);
-    cache->kv = take(arena, cache->mode == CACHE_LATENT ? threads * (NH * (c->NOPE + c->HS) + c->HS - c->NOPE) * CHUNK : 0);
+    cache->kv = take(arena, cache->mode == CACHE_LATENT ? threads * (DECOMPRESS * (c->NOPE + c->HS) + c->HS - c->NOPE) * CHUNK : 0);
 }
 
 // Everything that decoding B sequences of up to `capacity` tokens will need: no step allocates.
