@@ -53,10 +53,7 @@ shakespeare:
 clean:
 	rm -f train_gpt2_mla test_mla test_mla_double decode_speed peak .flags
 
-decode_speed: dev/decode_speed.c train_gpt2_mla.c .flags
-	$(BUILD) -Wno-unused-function $< -o $@ $(OMP) $(LDLIBS)
-
-peak: dev/peak.c train_gpt2_mla.c .flags
+decode_speed peak profile: %: dev/%.c dev/limits.h train_gpt2_mla.c .flags
 	$(BUILD) -Wno-unused-function $< -o $@ $(OMP) $(LDLIBS)
 
 decode-speed: decode_speed

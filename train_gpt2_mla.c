@@ -346,7 +346,8 @@ typedef struct {
     real *gelu;                    // (N, 4C) output of GELU
     real *proj;                    // (N, C) output of c_proj, or (dropout) the gradient of one
     real *logits, *row_loss;       // (head_rows, V) a slice of the logits, then their gradient; (head_rows)
-    real *strips;                  // per thread 2 x (STRIP, T): attention scores, their gradient
+    real *rooms;                   // per thread room_size reals, where attention works (chapter 5)
+    size_t room_size;
     Acts d;                        // gradients of the acts of the layer at hand
     real *d_norm, *d_latent, *d_q_latent;  // gradients of those without the d_
     real *d_k_rope;                // (N, NKV, rope) gradient of the shared rotary key by head
@@ -564,6 +565,7 @@ static inline void pack(real *dst, const real *src, long line, long deep, int n,
         for (int k = 0; k < K; k++)
             for (int i = 0; i < n; i += W) {
                 const real *s = src + k * deep + i * line;
+                __builtin_prefetch(s + 12 * deep);  // rows far apart: the processor does not foresee them
                 real *d = dst + (long)i * K + k * W;
                 if (i + W <= n)
                     for (int y = 0; y < W; y++) d[y] = s[y * line];
@@ -577,19 +579,17 @@ static _Thread_local real a_panels[MC * KC];         // a thread's block of a
 static _Thread_local real b_panels[NC_SERIAL * KC];  // and of b, in matmul_serial
 static real b_shared[NC * KC];                       // the block of b that all threads share
 
-// --- A few rows: what decoding does all the time
+// --- Products within one thread
 //
-// Each number of b is used M times only, too few to pay for packing b; it is read as it lies, and
-// memory should set the pace. How depends on what is contiguous in b.
+// Where a is small enough for the first-level cache, it need not be packed.
 
-// Rows of b are, or b is in panels of NR columns (b_row NR): tiles of as many rows as there are. a's
-// numbers are adjacent within a row. Reads b up to NR numbers past its last row.
-static void few_by_rows(real *c, long c_row, Mat a, const real *b, long b_row, int M, int N, int K,
-                        const real *start, long start_row) {
-    for (int j = 0; j < N; j += NR)
+// c (M, N) = start + a b within one thread, a as it lies. b is in panels of NR columns, `panel` numbers from
+// one to the next (b_row NR), or it lies in rows, read up to NR numbers past the last (panel NR).
+static void multiply_rows(real *c, long c_row, Mat a, const real *b, long b_row, long panel, int M, int N, int K,
+                          const real *start, long start_row) {
+    for (int j = 0; j < N; j += NR, b += panel)
         for (int i = 0, rows; i < M; i += rows) {
-            const real *pa = a.p + i * a.row, *pb = b + (b_row == NR ? (long)j * K : j);
-            const real *s = start ? start + i * start_row + j : NULL;
+            const real *pa = a.p + i * a.row, *s = start ? start + i * start_row + j : NULL;
             real edge[MR * NR], *pc = c + i * c_row + j, *t = j + NR <= N ? pc : edge;
             long t_row = t == edge ? NR : c_row, s_row = start_row;
             rows = M - i >= MR ? MR : M - i >= 4 ? 4 : 1;
@@ -597,12 +597,28 @@ static void few_by_rows(real *c, long c_row, Mat a, const real *b, long b_row, i
                 for (int r = 0; r < rows; r++) memcpy(edge + r * NR, s + r * start_row, (N - j) * sizeof(real));
                 s = edge, s_row = NR;
             }
-            if (rows == MR) tile(MR, 2, K, pa, a.row, 1, pb, b_row, t, t_row, s, s_row);
-            else if (rows == 4) tile(4, 2, K, pa, a.row, 1, pb, b_row, t, t_row, s, s_row);
-            else tile(1, 2, K, pa, a.row, 1, pb, b_row, t, t_row, s, s_row);
+            if (rows == MR) tile(MR, 2, K, pa, a.row, a.col, b, b_row, t, t_row, s, s_row);
+            else if (rows == 4) tile(4, 2, K, pa, a.row, a.col, b, b_row, t, t_row, s, s_row);
+            else tile(1, 2, K, pa, a.row, a.col, b, b_row, t, t_row, s, s_row);
             for (int r = 0; t == edge && r < rows; r++) memcpy(pc + r * c_row, edge + r * NR, (N - j) * sizeof(real));
         }
 }
+
+// c = a b, or c += a b; b is packed here.
+static void matmul_serial(real *c, long c_row, Mat a, Mat b, int M, int N, int K, int add) {
+    for (int j = 0; j < N; j += NC_SERIAL)
+        for (int k = 0; k < K; k += KC) {
+            int nc = min_int(NC_SERIAL, N - j), kc = min_int(KC, K - k);
+            pack(b_panels, b.p + j * b.col + k * b.row, b.col, b.row, nc, kc, NR);
+            multiply_rows(c + j, c_row, (Mat){a.p + k * a.col, a.row, a.col}, b_panels, NR, (long)kc * NR, M, nc, kc,
+                          add || k ? c + j : NULL, c_row);
+        }
+}
+
+// --- A few rows: what decoding does all the time
+//
+// Each number of b is used M times only, too few to pay for packing b; it is read as it lies, and
+// memory should set the pace. How depends on what is contiguous in b.
 
 // Columns of b are, and there are several rows: c' = b' a' instead, so that b's numbers are the ones that
 // multiply a vector, of VW rows of a. x holds a in panels of VW rows.
@@ -641,9 +657,10 @@ static void few_dots(real *c, const real *x, Mat b, int N, int K, const real *st
     }
 }
 
-// c (M, N) = start + a b for a few rows within one thread; a's numbers are adjacent within a row.
+// c (M, N) = start + a b for a few rows within one thread; a's numbers are adjacent within a row. b's rows are
+// contiguous (in panels if NR apart) or its columns are.
 static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
-    if (b.col == 1) few_by_rows(c, c_row, a, b.p, b.row, M, N, K, start, start_row);
+    if (b.col == 1) multiply_rows(c, c_row, a, b.p, b.row, b.row == NR ? (long)K * NR : NR, M, N, K, start, start_row);
     else if (M == 1) few_dots(c, a.p, b, N, K, start);
     else
         for (int m = 0; m < M; m += VW)
@@ -706,22 +723,6 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
                 const real *s0 = k0 ? c0 : start ? start + i0 * start_row + j0 : NULL;
                 pack(a_panels, a.p + i0 * a.row + k0 * a.col, a.row, a.col, mc, kc, MR);
                 multiply_panels(c0, c_row, a_panels, b_shared, mc, nc, kc, s0, k0 ? c_row : start_row);
-            }
-        }
-}
-
-// The same within one thread, for the small products of attention: c = a b, or c += a b.
-static void matmul_serial(real *c, long c_row, Mat a, Mat b, int M, int N, int K, int add) {
-    for (int k0 = 0; k0 < K; k0 += KC)
-        for (int i0 = 0; i0 < M; i0 += MC) {
-            int kc = min_int(KC, K - k0), mc = min_int(MC, M - i0);
-            pack(a_panels, a.p + i0 * a.row + k0 * a.col, a.row, a.col, mc, kc, MR);
-            for (int j0 = 0; j0 < N; j0 += NC_SERIAL) {
-                int nc = min_int(NC_SERIAL, N - j0);
-                real *c0 = c + i0 * c_row + j0;
-                if (i0 == 0 || N > NC_SERIAL)  // else the only block of b is still packed
-                    pack(b_panels, b.p + j0 * b.col + k0 * b.row, b.col, b.row, nc, kc, NR);
-                multiply_panels(c0, c_row, a_panels, b_panels, mc, nc, kc, add || k0 ? c0 : NULL, c_row);
             }
         }
 }
@@ -983,7 +984,7 @@ static void rotate(const Model *m, View x, int heads, int N, int T, int first, i
 // queries against all keys they may see, small enough for the second-level cache; what the
 // backward needs of it is one number per query, lse, from which it makes p again.
 
-enum { STRIP = MC };
+enum { STRIP = MC, BLOCK = 4 * STRIP };  // queries to a strip; to a piece of work, whose strips share packed keys
 
 typedef struct {
     int heads, kv_heads;     // NH, NKV
@@ -999,35 +1000,69 @@ static Mat tokens_of(View x, long t, int h) { return rows_of(element(x, t, h), x
 
 static View rope_part(const Heads *a) { return (View){a->q.p + a->nope, a->q.token, a->q.head}; }
 
-// s (rows, keys) = q k', for `rows` queries from token q0 on and `keys` keys from token k0 on
-static void strip_scores(real *s, const Heads *a, int h, int g, long q0, long k0, int rows, int keys) {
-    matmul_serial(s, keys, tokens_of(a->q, q0, h), transpose(tokens_of(a->k, k0, g)), rows, keys, a->nope, 0);
-    if (a->rope)
-        matmul_serial(s, keys, tokens_of(rope_part(a), q0, h), transpose(tokens_of(a->k_rope, k0, g)), rows, keys,
-                      a->rope, 1);
+// Where a thread works. Widths: K = nope + rope, V = value.
+typedef struct {
+    real *p, *ds;              // (STRIP, row) scores and then probabilities; their gradient
+    long row;                  // more than T, and no power of two: such strides crowd into a few places of a cache
+    real *keys, *dk;           // (T, K) each key's two parts joined; their gradient
+    real *kt, *vt;             // k' (K, T), v' (V, T) in panels of NR tokens
+    real *k, *v, *q, *d_out;   // (T, K), (T, V), (STRIP, K), (STRIP, V) in panels of NR columns
+} Room;
+
+static Room place_room(Arena *arena, int K, int V, int T) {
+    size_t t = (T + NR - 1) / NR * NR, k = (K + NR - 1) / NR * NR, v = (V + NR - 1) / NR * NR;
+    Room r = {.row = t + 16};
+    r.p = take(arena, STRIP * r.row), r.ds = take(arena, STRIP * r.row);
+    r.keys = take(arena, T * K), r.dk = take(arena, T * K);
+    r.kt = take(arena, K * t), r.vt = take(arena, V * t);
+    r.k = take(arena, T * k), r.v = take(arena, T * v), r.q = take(arena, STRIP * k), r.d_out = take(arena, STRIP * v);
+    return r;
+}
+
+static Room room_of_thread(const Model *m, const Heads *a, int T) {
+    Arena arena = {.base = m->rooms + omp_get_thread_num() * m->room_size};
+    return place_room(&arena, a->nope + a->rope, a->value, T);
+}
+
+// The keys of T tokens, each [k_nope; k_rope] as queries are, into r->keys and r->kt.
+static void join_keys(Room *r, const Heads *a, long first, int g, int T) {
+    int K = a->nope + a->rope;
+    for (int t = 0; t < T; t++) {
+        memcpy(r->keys + t * K, element(a->k, first + t, g), a->nope * sizeof(real));
+        memcpy(r->keys + t * K + a->nope, element(a->k_rope, first + t, g), a->rope * sizeof(real));
+    }
+    pack(r->kt, r->keys, K, 1, T, K, NR);
 }
 
 // out (N, NH, value), lse (N, NH): B sequences of T tokens each
 static void attention_forward(const Model *m, const Heads *a, View out, real *lse, int B, int T) {
     real scale = 1 / (real)sqrt(m->c.HS);
+    int K = a->nope + a->rope, V = a->value;
     #pragma omp parallel for collapse(3) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int h = 0; h < a->heads; h++)
-            for (int i0 = 0; i0 < T; i0 += STRIP) {
-                int g = h / (a->heads / a->kv_heads), rows = min_int(STRIP, T - i0), keys = i0 + rows;
+            for (int i1 = 0; i1 < T; i1 += BLOCK) {
+                int g = h / (a->heads / a->kv_heads), end = min_int(T, i1 + BLOCK);
                 long first = (long)b * T;  // the sequence's first token
-                real *s = m->strips + (long)omp_get_thread_num() * 2 * STRIP * T;  // (rows, keys)
-                strip_scores(s, a, h, g, first + i0, first, rows, keys);
-                for (int i = 0; i < rows; i++) {
-                    int seen = i0 + i + 1;  // keys 0 .. i0+i
-                    real *si = s + (long)i * keys, max = largest(si, seen);
-                    real sum = exp_row(si, seen, scale, max);
-                    for (int j = 0; j < seen; j++) si[j] /= sum;
-                    for (int j = seen; j < keys; j++) si[j] = 0;
-                    lse[(first + i0 + i) * a->heads + h] = scale * max + (real)log(sum);
+                Room r = room_of_thread(m, a, T);
+                join_keys(&r, a, first, g, end);
+                pack(r.v, element(a->v, first, g), 1, a->v.token, V, end, NR);
+                for (int i0 = i1; i0 < end; i0 += STRIP) {
+                    int rows = min_int(STRIP, T - i0), keys = i0 + rows;
+                    real sums[STRIP];
+                    multiply_rows(r.p, r.row, tokens_of(a->q, first + i0, h), r.kt, NR, (long)K * NR, rows, keys, K, NULL, 0);
+                    for (int i = 0; i < rows; i++) {
+                        int seen = i0 + i + 1;  // keys 0 .. i0+i
+                        real *pi = r.p + i * r.row, max = largest(pi, seen);
+                        sums[i] = exp_row(pi, seen, scale, max);
+                        for (int j = seen; j < keys; j++) pi[j] = 0;
+                        lse[(first + i0 + i) * a->heads + h] = scale * max + (real)log(sums[i]);
+                    }
+                    multiply_rows(element(out, first + i0, h), out.token, rows_of(r.p, r.row), r.v, NR, (long)end * NR, rows,
+                                  V, keys, NULL, 0);
+                    for (int i = 0; i < rows; i++)
+                        for (int e = 0; e < V; e++) element(out, first + i0 + i, h)[e] *= 1 / sums[i];
                 }
-                matmul_serial(element(out, first + i0, h), out.token, rows_of(s, keys),
-                              tokens_of(a->v, first, g), rows, a->value, keys, 0);
             }
 }
 
@@ -1041,32 +1076,31 @@ static void attention_forward(const Model *m, const Heads *a, View out, real *ls
 static void attention_backward(const Model *m, const Heads *a, const Heads *d, View out, View d_out,
                                const real *lse, int B, int T) {
     real scale = 1 / (real)sqrt(m->c.HS);
-    int group = a->heads / a->kv_heads;
+    int group = a->heads / a->kv_heads, K = a->nope + a->rope, V = a->value;
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int g = 0; g < a->kv_heads; g++) {
             long first = (long)b * T;  // the sequence's first token
-            real *p = m->strips + (long)omp_get_thread_num() * 2 * STRIP * T, *ds = p + STRIP * T;
-            real *dk = element(d->k, first, g), *dk_rope = element(d->k_rope, first, g), *dv = element(d->v, first, g);
-            for (int t = 0; t < T; t++) {
-                memset(dk + t * d->k.token, 0, a->nope * sizeof(real));
-                memset(dk_rope + t * d->k_rope.token, 0, a->rope * sizeof(real));
-                memset(dv + t * d->v.token, 0, a->value * sizeof(real));
-            }
+            Room r = room_of_thread(m, a, T);
+            real *dv = element(d->v, first, g);
+            join_keys(&r, a, first, g, T);
+            pack(r.k, r.keys, 1, K, K, T, NR);
+            pack(r.vt, element(a->v, first, g), a->v.token, 1, T, V, NR);
+            memset(r.dk, 0, sizeof(real) * T * K);
+            for (int t = 0; t < T; t++) memset(dv + t * d->v.token, 0, V * sizeof(real));
             for (int h = g * group; h < (g + 1) * group; h++)
                 for (int i0 = 0; i0 < T; i0 += STRIP) {
                     int rows = min_int(STRIP, T - i0), keys = i0 + rows;
                     long q0 = first + i0;
-                    Mat d_out_rows = tokens_of(d_out, q0, h);
-                    strip_scores(p, a, h, g, q0, first, rows, keys);
-                    matmul_serial(ds, keys, d_out_rows, transpose(tokens_of(a->v, first, g)), rows, keys, a->value, 0);
+                    multiply_rows(r.p, r.row, tokens_of(a->q, q0, h), r.kt, NR, (long)K * NR, rows, keys, K, NULL, 0);
+                    multiply_rows(r.ds, r.row, tokens_of(d_out, q0, h), r.vt, NR, (long)V * NR, rows, keys, V, NULL, 0);
                     for (int i = 0; i < rows; i++) {
-                        real *pi = p + (long)i * keys, *dsi = ds + (long)i * keys, D = 0;
+                        real *pi = r.p + i * r.row, *dsi = r.ds + i * r.row, D = 0;
                         const real *o = element(out, q0 + i, h), *d_o = element(d_out, q0 + i, h);
                         real li = lse[(q0 + i) * a->heads + h];
                         int seen = i0 + i + 1;
                         #pragma omp simd reduction(+:D)
-                        for (int e = 0; e < a->value; e++) D += o[e] * d_o[e];
+                        for (int e = 0; e < V; e++) D += o[e] * d_o[e];
                         #pragma omp simd
                         for (int j = 0; j < seen; j++) {
                             pi[j] = fast_exp(scale * pi[j] - li);
@@ -1074,18 +1108,16 @@ static void attention_backward(const Model *m, const Heads *a, const Heads *d, V
                         }
                         for (int j = seen; j < keys; j++) pi[j] = dsi[j] = 0;
                     }
-                    Mat to_keys = transposed(ds, keys), to_queries = rows_of(ds, keys);
-                    real *dq = element(d->q, q0, h);
-                    matmul_serial(dv, d->v.token, transposed(p, keys), d_out_rows, keys, a->value, rows, 1);
-                    matmul_serial(dq, d->q.token, to_queries, tokens_of(a->k, first, g), rows, a->nope, keys, 0);
-                    matmul_serial(dk, d->k.token, to_keys, tokens_of(a->q, q0, h), keys, a->nope, rows, 1);
-                    if (a->rope) {
-                        matmul_serial(dq + a->nope, d->q.token, to_queries, tokens_of(a->k_rope, first, g), rows,
-                                      a->rope, keys, 0);
-                        matmul_serial(dk_rope, d->k_rope.token, to_keys, tokens_of(rope_part(a), q0, h), keys,
-                                      a->rope, rows, 1);
-                    }
+                    pack(r.q, element(a->q, q0, h), 1, a->q.token, K, rows, NR);
+                    pack(r.d_out, element(d_out, q0, h), 1, d_out.token, V, rows, NR);
+                    multiply_rows(dv, d->v.token, transposed(r.p, r.row), r.d_out, NR, (long)rows * NR, keys, V, rows, dv, d->v.token);
+                    multiply_rows(element(d->q, q0, h), d->q.token, rows_of(r.ds, r.row), r.k, NR, (long)T * NR, rows, K, keys, NULL, 0);
+                    multiply_rows(r.dk, K, transposed(r.ds, r.row), r.q, NR, (long)rows * NR, keys, K, rows, r.dk, K);
                 }
+            for (int t = 0; t < T; t++) {
+                memcpy(element(d->k, first + t, g), r.dk + t * K, a->nope * sizeof(real));
+                memcpy(element(d->k_rope, first + t, g), r.dk + t * K + a->nope, a->rope * sizeof(real));
+            }
         }
 }
 
@@ -1458,7 +1490,10 @@ static void place_acts(Model *m, Arena *arena, int T, int training) {
     m->proj = take(arena, N * C);
     m->logits = take(arena, (size_t)m->head_rows * c->V);
     m->row_loss = take(arena, m->head_rows);
-    m->strips = take(arena, (size_t)omp_get_max_threads() * 2 * STRIP * T);
+    Arena room = {0};
+    place_room(&room, c->HS, c->HS, T);
+    m->room_size = room.used;
+    m->rooms = take(arena, omp_get_max_threads() * m->room_size);
     if (!training) return;
     m->d_norm = take(arena, N * C);
     m->d_latent = take(arena, N * c->R);
@@ -2829,6 +2864,21 @@ static void print_model(const Model *m) {
            100.0 * cache / mha);
 }
 
+// A new model's shape where the command line does not say it, but for the vocabulary.
+static void model_defaults(void) {
+    Config *c = &opt.config;
+    if (opt.seq_len == -1) opt.seq_len = 128;
+    if (c->attention == -1) c->attention = MLA;
+    if (c->position == -1) c->position = c->attention == MLA ? DECOUPLED : ROPE;
+    if (c->latent_norm != -1 && c->attention != MLA)
+        fail(2, "--latent-norm: attention %s has no latent", attention_names[c->attention]);
+    if (c->latent_norm == -1) c->latent_norm = LAYERNORM;
+    if (c->L == -1) c->L = 4;
+    if (c->NH == -1) c->NH = 4;
+    if (c->C == -1) c->C = 128;
+    c->block_size = opt.seq_len;
+}
+
 #ifndef TESTING
 int main(int argc, char **argv) {
     parse_options(argc, argv);
@@ -2874,17 +2924,8 @@ int main(int argc, char **argv) {
         checkpoint_read_model(&checkpoint, m, opt.resume && updating);
         if (opt.seq_len == -1) opt.seq_len = loaded.block_size;
     } else {
-        if (opt.seq_len == -1) opt.seq_len = 128;
-        if (c->attention == -1) c->attention = MLA;
-        if (c->position == -1) c->position = c->attention == MLA ? DECOUPLED : ROPE;
-        if (c->latent_norm != -1 && c->attention != MLA)
-            fail(2, "--latent-norm: attention %s has no latent", attention_names[c->attention]);
-        if (c->latent_norm == -1) c->latent_norm = LAYERNORM;
-        if (c->L == -1) c->L = 4;
-        if (c->NH == -1) c->NH = 4;
-        if (c->C == -1) c->C = 128;
+        model_defaults();
         if (c->V == -1) c->V = opt.tokenizer ? tokenizer.V : max_int(train_data.largest, val_data.largest) < 256 ? 256 : 50257;
-        c->block_size = opt.seq_len;
         config_complete(c, 2, "options");
         m = model_create(c, updating);
         model_init(m, opt.seed);

@@ -12,6 +12,7 @@ both measured in this run, whichever is longer.
 */
 #define TESTING
 #include "../train_gpt2_mla.c"
+#include "limits.h"
 
 typedef struct {
     const char *name;
@@ -19,57 +20,6 @@ typedef struct {
     Model *m;
     double rates[64], bytes, flops;
 } Row;
-
-static int by_size(const void *a, const void *b) {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double *x, int n) {
-    qsort(x, n, sizeof *x, by_size);
-    return x[n / 2];
-}
-
-// GB/s at which all threads together read a gigabyte.
-static double read_bandwidth(void) {
-    static real *x;
-    long n = (1L << 30) / sizeof(real);
-    real sink = 0;
-    if (!x) x = allocate(n * sizeof(real), "bandwidth");
-    double start = seconds();
-    #pragma omp parallel for reduction(+:sink)
-    for (long i = 0; i < n; i += 16 * VW) {
-        vec sum = {0};
-        for (int j = 0; j < 16 * VW; j += VW) sum += *(const vec *)(x + i + j);
-        sink += sum[0];
-    }
-    volatile real used = sink;  // so that the loop is not left out
-    (void)used;
-    return n * sizeof(real) / (seconds() - start) / 1e9;
-}
-
-// GFLOP/s of independent multiply-adds in registers, on all threads.
-static double multiply_add_peak(void) {
-    long steps = 20000000;
-    int threads = omp_get_max_threads();
-    volatile real sink = 0;
-    double start = seconds();
-    #pragma omp parallel
-    {
-        vec acc[12], x, y;
-        for (int i = 0; i < VW; i++) x[i] = (real)0.999, y[i] = (real)1e-3;
-        for (int i = 0; i < 12; i++) acc[i] = y * (real)i;
-        for (long k = 0; k < steps; k++) {
-            #pragma GCC unroll 12
-            for (int i = 0; i < 12; i++) acc[i] = acc[i] * x + y;
-        }
-        real sum = 0;
-        for (int i = 0; i < 12; i++) sum += acc[i][0];
-        sink = sum;
-        (void)sink;
-    }
-    return 24.0 * VW * steps * threads / (seconds() - start) / 1e9;
-}
 
 static void run(Row *rows, int n, int L, int NH, int C, int context, int B, double budget) {
     double bandwidth[64], peak[64];
