@@ -1,6 +1,7 @@
 # make             the trainer, ./train_gpt2_mla
 # make test        gradients, checkpoints and all else, with a C compiler alone
-# make decode-speed tokens per second of every kind of attention and cache, to dev/decode_speed.md
+# make decode-speed tokens per second of every kind of attention and cache, to dev/decode_speed.md (5 minutes)
+# make profile     where the time of a training step goes; ./step_profile takes the trainer's options
 # make shakespeare tinyshakespeare for the default run (needs Python and a network)
 # make sanitize    the tests again under address and undefined-behaviour sanitizers
 # make clean
@@ -51,12 +52,15 @@ shakespeare:
 	python3 prepro_tinyshakespeare.py
 
 clean:
-	rm -f train_gpt2_mla test_mla test_mla_double decode_speed peak .flags
+	rm -f train_gpt2_mla test_mla test_mla_double decode_speed peak step_profile .flags
 
-decode_speed peak profile: %: dev/%.c dev/limits.h train_gpt2_mla.c .flags
+decode_speed peak step_profile: %: dev/%.c dev/limits.h train_gpt2_mla.c .flags
 	$(BUILD) -Wno-unused-function $< -o $@ $(OMP) $(LDLIBS)
 
-decode-speed: decode_speed
-	./decode_speed | tee dev/decode_speed.md
+profile: step_profile
+	./step_profile
 
-.PHONY: decode-speed all test sanitize shakespeare clean
+decode-speed: decode_speed
+	./decode_speed > dev/decode_speed.tmp && mv dev/decode_speed.tmp dev/decode_speed.md
+
+.PHONY: decode-speed profile all test sanitize shakespeare clean

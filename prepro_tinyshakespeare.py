@@ -110,7 +110,7 @@ def fetch(url):
     except (OSError, http.client.HTTPException, ValueError) as e:
         if type(e) is urllib.error.URLError:  # a wrapper around the error that matters
             e = e.reason
-        sys.exit(f"error: cannot fetch {url}: {one_line(e)}; fetch it by hand and pass "
+        sys.exit(f"error: cannot fetch {url}: {one_line(e)}; fetch it by hand and run "
                  f"python3 prepro_tinyshakespeare.py --input FILE, or name a mirror with --url")
     finally:
         if text:

@@ -165,7 +165,11 @@ static void read_dump(Case *c) {
     int found = 0, there = 0;
     model_init(c->m, 1);
     for (Tensor *t = c->m->tensors; t < c->m->tensors + c->m->n_tensors; t++) {
-        if (!checkpoint_find(&c->file, t->name)) { printf("note: no %s in %s\n", t->name, c->file.path); continue; }
+        if (!checkpoint_find(&c->file, t->name)) {
+            static int noted;
+            if (!noted++) printf("note: the dumps lack %s, if not more; it keeps its initial value, and no optimizer steps are compared\n", t->name);
+            continue;
+        }
         checkpoint_read(&c->file, t->name, c->m->params + t->offset, t->rows, t->cols);
         found++;
     }

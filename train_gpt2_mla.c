@@ -2050,7 +2050,7 @@ static void check_writable(const char *path) {
     if (!stat(path, &st) && !S_ISREG(st.st_mode)) fail(1, "%s: exists and is no regular file; will not replace it", path);
     char *name = temporary_name(path);
     FILE *f = fopen(name, "wb");
-    if (!f) fail(1, "%s: cannot write: %s", name, strerror(errno));
+    if (!f) fail(1, "%s: cannot write: %s", path, strerror(errno));
     fclose(f);
     unlink(name);
     free(name);
@@ -2224,7 +2224,7 @@ static Checkpoint checkpoint_open(const char *path) {
     k.f = open_regular(path, &size);
     if (size < 8 || fread(&length, 8, 1, k.f) != 1) fail(1, "%s: %zu bytes, expected a safetensors checkpoint", path, size);
     if (length > size - 8 || length > 100000000)
-        fail(1, "%s: its header claims %llu bytes of a file of %zu: not a safetensors file, or cut short", path,
+        fail(1, "%s: not a safetensors file, or cut short: its header claims %llu bytes, of a file of %zu", path,
              (unsigned long long)length, size);
     k.header = k.p = allocate(length + 1, path);
     k.end = k.header + length;
@@ -2502,11 +2502,11 @@ static void generate_command(Model *m, const Options *o, const Tokenizer *tokeni
     const char *text = o->prompt ? o->prompt : "";
     int mode = o->cache == -1 ? cache_mode(c) : o->cache, B = o->batch_size;
     if (mode != CACHE_FULL && c->attention != MLA)
-        fail(2, "--cache %s: attention %s has no latent, its cache is full", cache_names[mode], attention_names[c->attention]);
+        fail(2, "--cache %s: attention %s has no latent, expected --cache full", cache_names[mode], attention_names[c->attention]);
     int *prompt = allocate((strlen(text) + 1) * sizeof(int), "prompt");
     long n_prompt = encode(tokenizer, (const unsigned char *)text, strlen(text), prompt);
     if (n_prompt == 0) prompt[n_prompt++] = tokenizer->eot;
-    if (n_prompt > c->block_size) fail(1, "--prompt: %ld tokens, the model's block size is %d", n_prompt, c->block_size);
+    if (n_prompt > c->block_size) fail(2, "--prompt: %ld tokens, expected at most the model's block size, %d", n_prompt, c->block_size);
     int capacity = o->generate < c->block_size - n_prompt ? n_prompt + o->generate : c->block_size;
     int n = min_int(o->generate, capacity - n_prompt + 1);
     int *out = allocate(sizeof(int) * B * (n + 1), "generated tokens");
@@ -2514,7 +2514,7 @@ static void generate_command(Model *m, const Options *o, const Tokenizer *tokeni
     model_reserve(m, B, n_prompt, 0);
     Cache *cache = cache_create(m, mode, B, capacity);
     Sampling how = {o->temperature, o->top_k};
-    printf("%s", text);
+    printf(B > 1 ? "--- 1\n%s" : "%s", text);
     fflush(stdout);
     Generation g = generate(m, cache, prompt, n_prompt, n, &how, o->seed, tokenizer, out);
     for (int b = 1; b < B; b++) {
@@ -2761,7 +2761,7 @@ static Option options[] = {
     {"--load", TEXT, &opt.load, .help = "checkpoint to start from"},
     {"modes (default: train)", .help = NULL},
     {"--eval", FLAG, &opt.eval, .help = "loss of the model --load over all validation data"},
-    {"--generate", INT, &opt.generate, 0, 1 << 24, .help = "tokens to generate with the model --load, after a prompt"},
+    {"--generate", INT, &opt.generate, 0, 1 << 24, .help = "tokens to generate with the model --load, prompt and all within its block size"},
     {"--prompt", TEXT, &opt.prompt, .help = "its text (empty: starts from the end-of-text token)"},
     {"--temperature", DOUBLE, &opt.temperature, 0, 1e3, .help = "of samples; 0 takes the likeliest token (0.8)"},
     {"--top-k", INT, &opt.top_k, 0, 65536, .help = "samples come from that many likeliest tokens, 0 for all (0)"},
@@ -2854,7 +2854,8 @@ static const char *settings(void) {
 
 static void print_model(const Model *m) {
     const Config *c = &m->c;
-    long cache = cache_floats(c, cache_mode(c)), mha = 2L * c->L * c->C;
+    int mode = c->attention == MLA && opt.cache != -1 ? opt.cache : cache_mode(c);
+    long cache = cache_floats(c, mode), mha = 2L * c->L * c->C;
     printf("%s, position %s: %d layers, %d heads, %d channels, vocabulary %d, block size %d", attention_names[c->attention],
            position_names[c->position], c->L, c->NH, c->C, c->V, c->block_size);
     if (c->attention == GQA) printf(", %d kv heads", c->NKV);
@@ -2899,13 +2900,14 @@ int main(int argc, char **argv) {
     Data train_data = {0}, val_data = {0};
     if (!opt.train_data && !opt.val_data && !access(prepared, R_OK))
         opt.train_data = prepared, opt.val_data = "data/tinyshakespeare_val.bin";
-    if (!opt.tokenizer) opt.tokenizer = tokenizer_beside(opt.train_data ? opt.train_data : opt.val_data);
+    int named = opt.tokenizer != NULL;
+    if (!named) opt.tokenizer = tokenizer_beside(opt.train_data ? opt.train_data : opt.val_data);
     Tokenizer tokenizer = opt.tokenizer ? tokenizer_load(opt.tokenizer) : tokenizer_bytes();
     if (generating || (training && opt.steps == 0 && !opt.train_data)) {
         // no data needed
     } else if (!opt.train_data && !opt.val_data) {
-        printf("No data prepared: using this repository's own text, byte by byte. For Shakespeare: make shakespeare\n");
         data_own_text(&train_data, &val_data);
+        printf("No data prepared: using this repository's own text, byte by byte. For Shakespeare: make shakespeare\n");
     } else {
         if (training) train_data = data_load(opt.train_data);
         if (opt.val_data) val_data = data_load(opt.val_data);
@@ -2930,8 +2932,8 @@ int main(int argc, char **argv) {
         m = model_create(c, updating);
         model_init(m, opt.seed);
     }
-    if (opt.tokenizer && tokenizer.V > m->c.V)
-        fail(1, "%s: vocabulary %d, the model's is %d", opt.tokenizer, tokenizer.V, m->c.V);
+    if (opt.tokenizer && (named ? tokenizer.V > m->c.V : tokenizer.V != m->c.V))  // a smaller one must be meant
+        fail(1, "%s: vocabulary %d, the model's is %d: made with another --tokenizer?", opt.tokenizer, tokenizer.V, m->c.V);
     if (!opt.tokenizer && m->c.V != 256) tokenizer.V = 0;  // what its tokens stand for is not known
     if (!opt.tokenizer && generating && m->c.V != 256)
         fail(2, "--generate: expected --tokenizer FILE, the model's vocabulary is %d", m->c.V);
@@ -2944,7 +2946,10 @@ int main(int argc, char **argv) {
     if (opt.resume) {
         const char *was = checkpoint_meta(&checkpoint, "settings"), *step = checkpoint_meta(&checkpoint, "step");
         if (!was || !step) fail(1, "%s: a model without a run's state, nothing to resume (--load starts from it)", opt.save);
-        if (strcmp(was, settings())) fail(1, "%s: its run had %s; this one has %s", opt.save, was, settings());
+        const char *is = settings();
+        size_t same = 0;  // up to the first setting that differs
+        for (size_t i = 0; was[i] && was[i] == is[i]; i++) if (was[i] == ' ' && i && was[i - 1] == ',') same = i + 1;
+        if (strcmp(was, is)) fail(2, "%s: its run had %s; this one has %s", opt.save, was + same, is + same);
         done = strtol(step, NULL, 10);
     }
     if (checkpoint.f) checkpoint_close(&checkpoint);

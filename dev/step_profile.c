@@ -3,7 +3,7 @@ Where the time of a training step goes: every operation by itself, at the shapes
 what its arithmetic should cost; and their sum against a whole step.
 
     make profile                                     the default model
-    ./profile --attention mha --layers 6 --heads 6 --channels 384 --seq-len 256 --batch-size 16
+    ./step_profile --attention mha --layers 6 --heads 6 --channels 384 --seq-len 256 --batch-size 16
 
 Takes the trainer's options. An operation's time is the median of several runs, times the number of times
 that a step does it. Its limit is the longer of two: its multiply-adds at the peak of the processor, and the
