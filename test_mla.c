@@ -131,8 +131,8 @@ static void test_exp(void) {
 
 // A small model of any kind, its parameters far enough from their start that every gradient counts.
 // V*C numbers are more than a checkpoint is written and read by at a time.
-static Model *model_of_heads(int NH, int attention, int position, int norm, int RQ, int B, int T) {
-    Config c = {.attention = attention, .position = position, .latent_norm = norm, .L = 2, .NH = NH, .NKV = -1, .C = 6 * NH,
+static Model *model_of_heads(int NH, int HS, int attention, int position, int norm, int RQ, int B, int T) {
+    Config c = {.attention = attention, .position = position, .latent_norm = norm, .L = 2, .NH = NH, .NKV = -1, .C = NH * HS,
                 .block_size = T, .V = 180, .RQ = RQ, .R = -1, .RD = -1};
     config_complete(&c, 1, "test");
     Model *m = model_create(&c, 1);
@@ -143,7 +143,7 @@ static Model *model_of_heads(int NH, int attention, int position, int norm, int 
 }
 
 static Model *small_model(int attention, int position, int norm, int RQ, int B, int T) {
-    return model_of_heads(4, attention, position, norm, RQ, B, T);
+    return model_of_heads(4, 6, attention, position, norm, RQ, B, T);
 }
 
 static void random_tokens(int *x, int n, int V) {
@@ -365,7 +365,8 @@ static void finite_differences(const char *what, Model *m, const int *x, const i
     }
 }
 
-// Every row of the attention table, with and without dropout; add a row for an attention of your own.
+// Every row of the attention table, with and without dropout; add a row for an attention of your own. Then
+// heads wider than a panel of the matrix product.
 static void test_finite_differences(void) {
     static const struct { int attention, position, norm, RQ; } kinds[] = {
         {MHA, LEARNED, NONE, -1}, {MHA, ROPE, NONE, -1}, {MHA, DECOUPLED, NONE, -1}, {GQA, LEARNED, NONE, -1},
@@ -386,6 +387,10 @@ static void test_finite_differences(void) {
         }
         model_free(m);
     }
+    Model *wide = model_of_heads(2, 2 * NR + 4, MLA, DECOUPLED, LAYERNORM, -1, B, T);
+    random_tokens(x, B * T, wide->c.V), random_tokens(y, B * T, wide->c.V);
+    finite_differences("finite differences: wide heads", wide, x, y, B, T);
+    model_free(wide);
 }
 #endif
 
@@ -395,7 +400,7 @@ static void test_long_decoding(void) {  // over several chunks of keys, more hea
     static const int kinds[][2] = {{MHA, DECOUPLED}, {GQA, ROPE}, {MQA, LEARNED}, {MLA, LEARNED}, {MLA, DECOUPLED}};
     int T = 2 * CHUNK + 29;
     for (int k = 0; k < 5; k++) {
-        Model *m = model_of_heads(k < 4 ? 4 : DECOMPRESS + 2, kinds[k][0], kinds[k][1], LAYERNORM, -1, 3, T);
+        Model *m = model_of_heads(k < 4 ? 4 : DECOMPRESS + 2, 6, kinds[k][0], kinds[k][1], LAYERNORM, -1, 3, T);
         test_decoding(attention_names[kinds[k][0]], m, T);
         model_free(m);
     }
