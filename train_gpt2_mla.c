@@ -9,7 +9,7 @@ the writeup, doc/writeup.md, which derives what is only used here.
 
     1  Ground            numbers, errors, threads, randomness that needs no state
     2  The model         its configuration and the one table of parameter tensors
-    3  Matrix product    the only hot loop: packed panels and a register tile
+    3  Matrix product    where nearly all time goes: packed panels and a register tile
     4  Layers            linear, norms, GELU, dropout, rotary embedding
     5  Attention core    softmax(q k') v and its backward, for every kind of attention
     6  Front ends        how x becomes q, k, v: MHA/GQA/MQA, then MLA
@@ -335,7 +335,7 @@ typedef struct {
     real *params, *grads, *adam_m, *adam_v;   // grads and moments only when training
     Layer *w, *g;                             // L of each
     real *rope_cos, *rope_sin;                // (block_size, RD/2)
-    void *memory;                             // what the layouts below are cut from
+    void *memory;                             // what all of these are cut from
     // Activations, for at most max_N tokens.
     int max_N, head_rows;
     void *act_memory;
@@ -447,10 +447,9 @@ static void model_init(Model *m, uint64_t seed) {
 // tile reads them strictly one after the other: panel p of a holds its rows p*MR .. p*MR+MR-1,
 // and within it step k's MR numbers are adjacent; likewise b by NR columns. One panel of b
 // (24 KB with vectors of 8) stays in the first-level cache, a block of a in the second. Copying also
-// absorbs transposes (a stride decides, not the code) and pads ragged edges with zeros, so there is
-// one kernel. (In this chapter M, N, K are rows, columns and the length of the sums.)
+// absorbs transposes (a stride decides, not the code) and pads ragged edges with zeros. (In this chapter M, N, K are rows, columns and the length of the sums.)
 //
-// Every element of c is summed by one thread, k ascending, whoever that thread is: results do
+// Every element of c is summed by one thread, in an order that the shapes alone decide: results do
 // not depend on the number of threads.
 
 #if defined(__AVX512F__)
@@ -467,8 +466,7 @@ typedef real vec __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), m
 enum {
     VW = VEC_BYTES / sizeof(real),  // numbers in a vector
     NR = 2 * VW,
-    MC = 8 * MR, KC = 384, NC = 1024,
-    NC_SERIAL = 256                 // the same for matmul_serial, whose panels are per thread
+    MC = 8 * MR, KC = 384, NC = 1024
 };
 
 // A matrix by its strides: element (i, j) is p[i*row + j*col]. Swapping the two transposes.
@@ -483,8 +481,8 @@ static Mat transposed(const real *p, long row) { return transpose(rows_of(p, row
 
 // c (rows, vectors*VW) = start + a b. Number (i, k) of a is a[i*a_row + k*a_step], rows of b are b_row
 // apart. `start` is c itself to add to it, a row with stride 0 to add a bias, NULL for zero. Always
-// inlined, so that the constants of each caller unroll the loops and put acc into registers. A single
-// vector is for an a in its own place: while this tile's rows are read, the next tile's are called for.
+// inlined, so that the constants of each caller unroll the loops and put acc into registers. With
+// one vector, a is read unpacked; then the rows of the next tile are fetched ahead.
 __attribute__((always_inline))
 static inline void tile(const int rows, const int vectors, int K, const real *a, long a_row, long a_step,
                         const real *b, long b_row, real *c, long c_row, const real *start, long start_row) {
@@ -506,37 +504,6 @@ static inline void tile(const int rows, const int vectors, int K, const real *a,
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < vectors; j++)
             *(vec *)(c + i * c_row + j * VW) = acc[i][j];
-}
-
-// The tile of packed panels: c (MR, NR), a (K, MR), b (K, NR).
-static void tile_kernel(int K, const real *a, const real *b, real *c, long c_row, const real *start, long start_row) {
-    tile(MR, 2, K, a, 1, MR, b, NR, c, c_row, start, start_row);
-}
-
-// The same for a tile that sticks out of c: through a full tile of its own.
-static void tile_edge(int K, const real *a, const real *b, real *c, long c_row, int rows, int cols,
-                      const real *start, long start_row) {
-    real t[MR * NR] = {0};
-    for (int i = 0; start && i < rows; i++)
-        memcpy(t + i * NR, start + i * start_row, cols * sizeof(real));
-    tile_kernel(K, a, b, t, NR, t, NR);
-    for (int i = 0; i < rows; i++)
-        memcpy(c + i * c_row, t + i * NR, cols * sizeof(real));
-}
-
-// All tiles of a block: c (M, N) = start + a b, with a packed by MR rows and b by NR columns.
-static void multiply_panels(real *c, long c_row, const real *a, const real *b, int M, int N, int K,
-                            const real *start, long start_row) {
-    for (int j = 0; j < N; j += NR)
-        for (int i = 0; i < M; i += MR) {
-            const real *pa = a + (long)i * K, *pb = b + (long)j * K;
-            const real *s = start ? start + i * start_row + j : NULL;
-            real *pc = c + i * c_row + j;
-            if (i + MR <= M && j + NR <= N)
-                tile_kernel(K, pa, pb, pc, c_row, s, start_row);
-            else
-                tile_edge(K, pa, pb, pc, c_row, min_int(MR, M - i), min_int(NR, N - j), s, start_row);
-        }
 }
 
 // Packs n lines of K numbers (line i, number k at src[i*line + k*deep]) into panels of W lines:
@@ -576,20 +543,19 @@ static inline void pack(real *dst, const real *src, long line, long deep, int n,
 }
 
 static _Thread_local real a_panels[MC * KC];         // a thread's block of a
-static _Thread_local real b_panels[NC_SERIAL * KC];  // and of b, in matmul_serial
 static real b_shared[NC * KC];                       // the block of b that all threads share
 
-// --- Products within one thread
-//
-// Where a is small enough for the first-level cache, it need not be packed.
+// --- Tiles over whole matrices, within one thread
 
-// c (M, N) = start + a b within one thread, a as it lies. b is in panels of NR columns, `panel` numbers from
-// one to the next (b_row NR), or it lies in rows, read up to NR numbers past the last (panel NR).
-static void multiply_rows(real *c, long c_row, Mat a, const real *b, long b_row, long panel, int M, int N, int K,
-                          const real *start, long start_row) {
+// c (M, N) = start + a b. a is packed if its blocks of MR rows are a_panel numbers apart; else it is read as
+// it lies, which is as good where it is small or each of its numbers is used a few times only. b is packed
+// by NR columns (b_row NR), `panel` numbers from one panel to the next; or it lies in rows (panel NR),
+// which must be readable up to NR numbers past the last. Tiles that stick out of c go through one of their own.
+static void multiply_blocks(real *c, long c_row, Mat a, long a_panel, const real *b, long b_row, long panel,
+                            int M, int N, int K, const real *start, long start_row) {
     for (int j = 0; j < N; j += NR, b += panel)
         for (int i = 0, rows; i < M; i += rows) {
-            const real *pa = a.p + i * a.row, *s = start ? start + i * start_row + j : NULL;
+            const real *pa = a.p + i / MR * a_panel + i % MR * a.row, *s = start ? start + i * start_row + j : NULL;
             real edge[MR * NR], *pc = c + i * c_row + j, *t = j + NR <= N ? pc : edge;
             long t_row = t == edge ? NR : c_row, s_row = start_row;
             rows = M - i >= MR ? MR : M - i >= 4 ? 4 : 1;
@@ -604,15 +570,9 @@ static void multiply_rows(real *c, long c_row, Mat a, const real *b, long b_row,
         }
 }
 
-// c = a b, or c += a b; b is packed here.
-static void matmul_serial(real *c, long c_row, Mat a, Mat b, int M, int N, int K, int add) {
-    for (int j = 0; j < N; j += NC_SERIAL)
-        for (int k = 0; k < K; k += KC) {
-            int nc = min_int(NC_SERIAL, N - j), kc = min_int(KC, K - k);
-            pack(b_panels, b.p + j * b.col + k * b.row, b.col, b.row, nc, kc, NR);
-            multiply_rows(c + j, c_row, (Mat){a.p + k * a.col, a.row, a.col}, b_panels, NR, (long)kc * NR, M, nc, kc,
-                          add || k ? c + j : NULL, c_row);
-        }
+static void multiply_rows(real *c, long c_row, Mat a, const real *b, long b_row, long panel, int M, int N, int K,
+                          const real *start, long start_row) {
+    multiply_blocks(c, c_row, a, MR * a.row, b, b_row, panel, M, N, K, start, start_row);
 }
 
 // --- A few rows: what decoding does all the time
@@ -620,8 +580,8 @@ static void matmul_serial(real *c, long c_row, Mat a, Mat b, int M, int N, int K
 // Each number of b is used M times only, too few to pay for packing b; it is read as it lies, and
 // memory should set the pace. How depends on what is contiguous in b.
 
-// Columns of b are, and there are several rows: c' = b' a' instead, so that b's numbers are the ones that
-// multiply a vector, of VW rows of a. x holds a in panels of VW rows.
+// If b's columns are contiguous and a has several rows, compute the transpose, c' = b' a': each number of b
+// multiplies a vector, of VW rows of a. x holds a in panels of VW rows.
 static void few_by_columns(real *c, long c_row, const real *x, Mat b, int M, int N, int K, const real *start,
                            long start_row) {
     for (int n = 0, cols; n < N; n += cols) {
@@ -667,8 +627,8 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, c
             for (int k = 0; k < K; k += KC) {
                 int rows = min_int(VW, M - m), kc = min_int(KC, K - k);
                 real *cm = c + m * c_row;
-                pack(b_panels, a.p + m * a.row + k, a.row, 1, rows, kc, VW);
-                few_by_columns(cm, c_row, b_panels, (Mat){b.p + k, 1, b.col}, rows, N, kc,
+                pack(a_panels, a.p + m * a.row + k, a.row, 1, rows, kc, VW);
+                few_by_columns(cm, c_row, a_panels, (Mat){b.p + k, 1, b.col}, rows, N, kc,
                                k ? cm : start ? start + m * start_row : NULL, k ? c_row : start_row);
             }
 }
@@ -677,7 +637,7 @@ enum { FEW = 16, COLUMNS = 64 };  // rows that are few; columns to a piece of wo
 
 // matmul for few rows: threads share out the columns of c, and the panels of a.
 static void matmul_thin(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
-    int deep = NC * KC / (FEW + VW);  // as many numbers of each row as b_shared holds
+    int deep = NC * KC / (FEW + VW);  // b_shared holds a (FEW, deep) in panels
     #pragma omp parallel
     for (int k0 = 0; k0 < K; k0 += deep) {
         int kc = min_int(deep, K - k0);
@@ -720,9 +680,10 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
             for (int i0 = 0; i0 < M; i0 += block) {
                 int mc = min_int(block, M - i0);
                 real *c0 = c + i0 * c_row + j0;
+                long s_row = k0 ? c_row : start_row;
                 const real *s0 = k0 ? c0 : start ? start + i0 * start_row + j0 : NULL;
                 pack(a_panels, a.p + i0 * a.row + k0 * a.col, a.row, a.col, mc, kc, MR);
-                multiply_panels(c0, c_row, a_panels, b_shared, mc, nc, kc, s0, k0 ? c_row : start_row);
+                multiply_blocks(c0, c_row, (Mat){a_panels, 1, MR}, (long)MR * kc, b_shared, NR, (long)kc * NR, mc, nc, kc, s0, s_row);
             }
         }
 }
@@ -990,7 +951,7 @@ typedef struct {
     int heads, kv_heads;     // NH, NKV
     int nope, rope, value;   // widths of q_nope, q_rope and v
     View q, k, k_rope, v;    // q (N, NH, nope+rope), k (N, NKV, nope), k_rope (N, 1, rope), v (N, NKV, value)
-    // decoding: from one sequence's cache to the next; whether keys are in panels
+    // decoding: from one sequence's cache to the next; whether keys are in panels of NR (chapter 3)
     long k_sequence, k_rope_sequence, v_sequence;
     int panels;
 } Heads;
@@ -1002,8 +963,8 @@ static View rope_part(const Heads *a) { return (View){a->q.p + a->nope, a->q.tok
 
 // Where a thread works. Widths: K = nope + rope, V = value.
 typedef struct {
-    real *p, *ds;              // (STRIP, row) scores and then probabilities; their gradient
-    long row;                  // more than T, and no power of two: such strides crowd into a few places of a cache
+    real *p, *ds;              // (STRIP, row) scores, then what softmax makes of them; their gradient
+    long row;                  // at least T; an odd number of cache lines, so that a column spreads over all of a cache
     real *keys, *dk;           // (T, K) each key's two parts joined; their gradient
     real *kt, *vt;             // k' (K, T), v' (V, T) in panels of NR tokens
     real *k, *v, *q, *d_out;   // (T, K), (T, V), (STRIP, K), (STRIP, V) in panels of NR columns
@@ -1011,7 +972,7 @@ typedef struct {
 
 static Room place_room(Arena *arena, int K, int V, int T) {
     size_t t = (T + NR - 1) / NR * NR, k = (K + NR - 1) / NR * NR, v = (V + NR - 1) / NR * NR;
-    Room r = {.row = t + 16};
+    Room r = {.row = t / 32 * 32 + 48};
     r.p = take(arena, STRIP * r.row), r.ds = take(arena, STRIP * r.row);
     r.keys = take(arena, T * K), r.dk = take(arena, T * K);
     r.kt = take(arena, K * t), r.vt = take(arena, V * t);
@@ -1130,33 +1091,43 @@ static void attention_backward(const Model *m, const Heads *a, const Heads *d, V
 // maximum; the chunks are then weighted by e^(their maximum - the largest):
 //     out = sum_c w_c o_c / sum_c w_c sum_c,   w_c = e^(max_c - max)
 
-enum { CHUNK = 256, DECOMPRESS = 8 };  // keys to a chunk, a multiple of NR; heads that decode_latent takes together
+enum { CHUNK = 256 };  // keys to a chunk, a multiple of NR
 
 // What becomes of the chunks: (B, NH, chunks, value+2), for each head o_c, max_c, sum_c.
 static real *part_of_chunk(const Model *m, int b, int h, int chunk, int chunks, int value) {
     return m->cache->parts + (((long)b * m->c.NH + h) * chunks + chunk) * (value + 2);
 }
 
-// One chunk of n keys: q (group, K) and k (K, n), rotary q_rope and k_rope or those of no width, v (n, value).
-// part: the group's first head's, the next one's part_row behind it; s is room for (group, CHUNK) scores.
-static void attend_chunk(real *part, long part_row, real *s, Mat q, Mat k, int K, Mat q_rope, Mat k_rope, int rope,
-                         Mat v, int value, int group, int n, real scale) {
-    matmul_few(s, CHUNK, q, k, group, n, K, NULL, 0);
-    if (rope) matmul_few(s, CHUNK, q_rope, k_rope, group, n, rope, s, CHUNK);
-    for (int r = 0; r < group; r++) {
-        real *sr = s + r * CHUNK, *end = part + r * part_row + value;
-        end[0] = largest(sr, n);
-        end[1] = exp_row(sr, n, scale, end[0]);
-    }
-    matmul_few(part, part_row, rows_of(s, CHUNK), v, group, value, n, NULL, 0);
-}
-
-// out (B, NH, value) from the chunks.
-static void join_chunks(const Model *m, View out, int B, int chunks, int value) {
+// q (B, NH, nope+rope), out (B, NH, value); k, k_rope, v view the cache of sequence 0. Keys in panels are
+// as chapter 3 packs them: NR keys, number by number.
+static void attention_decode(const Model *m, const Heads *a, View out, int B, int keys) {
+    int group = a->heads / a->kv_heads, chunks = (keys + CHUNK - 1) / CHUNK, value = a->value;
     real scale = 1 / (real)sqrt(m->c.HS);
+    #pragma omp parallel for collapse(3) schedule(dynamic)
+    for (int b = 0; b < B; b++)
+        for (int g = 0; g < a->kv_heads; g++)
+            for (int c = 0; c < chunks; c++) {
+                long first = (long)c * CHUNK, part_row = (long)chunks * (value + 2);
+                int n = min_int(CHUNK, keys - first);
+                real *part = part_of_chunk(m, b, g * group, c, chunks, value);              // (group, part_row)
+                real *s = m->cache->scores + (long)omp_get_thread_num() * m->c.NH * CHUNK;  // (group, CHUNK)
+                Mat q = rows_of(element(a->q, b, g * group), a->q.head), q_rope = rows_of(q.p + a->nope, a->q.head);
+                Mat k = transposed(element(a->k, first, g) + b * a->k_sequence, a->k.token);
+                Mat k_rope = transposed(element(a->k_rope, first, g) + b * a->k_rope_sequence, a->k_rope.token);
+                Mat v = rows_of(element(a->v, first, g) + b * a->v_sequence, a->v.token);
+                if (a->panels) k = rows_of(k.p, NR), k_rope = rows_of(k_rope.p, NR);
+                matmul_few(s, CHUNK, q, k, group, n, a->nope, NULL, 0);
+                if (a->rope) matmul_few(s, CHUNK, q_rope, k_rope, group, n, a->rope, s, CHUNK);
+                for (int r = 0; r < group; r++) {
+                    real *sr = s + r * CHUNK, *end = part + r * part_row + value;
+                    end[0] = largest(sr, n);
+                    end[1] = exp_row(sr, n, scale, end[0]);
+                }
+                matmul_few(part, part_row, rows_of(s, CHUNK), v, group, value, n, NULL, 0);
+            }
     #pragma omp parallel for collapse(2)
     for (int b = 0; b < B; b++)
-        for (int h = 0; h < m->c.NH; h++) {
+        for (int h = 0; h < a->heads; h++) {
             const real *part = part_of_chunk(m, b, h, 0, chunks, value);
             real *o = element(out, b, h), max = part[value], sum = 0;
             for (int c = 1; c < chunks; c++) max = fmax(max, part[c * (value + 2) + value]);
@@ -1168,28 +1139,6 @@ static void join_chunks(const Model *m, View out, int B, int chunks, int value) 
             }
             for (int e = 0; e < value; e++) o[e] /= sum;
         }
-}
-
-// q (B, NH, nope+rope), out (B, NH, value); k, k_rope, v view the cache of sequence 0. Keys in panels are
-// as chapter 3 packs them: NR keys, number by number.
-static void attention_decode(const Model *m, const Heads *a, View out, int B, int keys) {
-    int group = a->heads / a->kv_heads, chunks = (keys + CHUNK - 1) / CHUNK;
-    real scale = 1 / (real)sqrt(m->c.HS);
-    #pragma omp parallel for collapse(3) schedule(dynamic)
-    for (int b = 0; b < B; b++)
-        for (int g = 0; g < a->kv_heads; g++)
-            for (int c = 0; c < chunks; c++) {
-                long first = (long)c * CHUNK;
-                real *s = m->cache->scores + (long)omp_get_thread_num() * m->c.NH * CHUNK;
-                Mat q = rows_of(element(a->q, b, g * group), a->q.head), q_rope = rows_of(q.p + a->nope, a->q.head);
-                Mat k = transposed(element(a->k, first, g) + b * a->k_sequence, a->k.token);
-                Mat k_rope = transposed(element(a->k_rope, first, g) + b * a->k_rope_sequence, a->k_rope.token);
-                Mat v = rows_of(element(a->v, first, g) + b * a->v_sequence, a->v.token);
-                if (a->panels) k = rows_of(k.p, NR), k_rope = rows_of(k_rope.p, NR);
-                attend_chunk(part_of_chunk(m, b, g * group, c, chunks, a->value), (long)chunks * (a->value + 2), s, q, k,
-                             a->nope, q_rope, k_rope, a->rope, v, a->value, group, min_int(CHUNK, keys - first), scale);
-            }
-    join_chunks(m, out, B, chunks, a->value);
 }
 
 // ============================================================================================
@@ -1348,34 +1297,18 @@ static void cache_append(Model *m, int l, const Acts *acts, int B, int T) {
 }
 
 // Cached latents, decompressed at every step into keys and values of all tokens so far (21): the memory
-// of MLA at the price of NH*(NOPE+HS)*R multiply-adds per cached token, layer and step. Done for a chunk
-// of tokens and a few heads at a time, whose keys and values, kv (heads*(NOPE+HS), CHUNK), never leave the
-// thread's caches. The rotary keys join them there, transposed likewise.
+// of MLA at the price of NH*(NOPE+HS)*R multiply-adds per cached token, layer and step. A cached row is laid
+// out as a row of kv_a, so that heads_of finds the rotary keys too.
 static void decode_latent(Model *m, int l, const Acts *acts, View out, int B, int keys) {
     const Config *c = &m->c;
-    int HS = c->HS, NOPE = c->NOPE, R = c->R, rope = HS - NOPE, head = NOPE + HS, chunks = (keys + CHUNK - 1) / CHUNK;
-    real scale = 1 / (real)sqrt(HS);
-    #pragma omp parallel for collapse(3) schedule(dynamic)
-    for (int b = 0; b < B; b++)
-        for (int chunk = 0; chunk < chunks; chunk++)
-            for (int h0 = 0; h0 < c->NH; h0 += DECOMPRESS) {
-                int first = chunk * CHUNK, n = min_int(CHUNK, keys - first), heads = min_int(DECOMPRESS, c->NH - h0);
-                long row = R + rope, thread = omp_get_thread_num();
-                real *s = m->cache->scores + thread * c->NH * CHUNK;
-                real *kv = m->cache->kv + thread * (DECOMPRESS * head + rope) * CHUNK, *k_rope = kv + DECOMPRESS * head * CHUNK;
-                const real *latent = m->cache->layers + l * m->cache->layer_size + ((long)b * m->cache->capacity + first) * row;
-                const real *w = m->w[l][KVB_W] + (long)h0 * head * R;
-                matmul_serial(kv, CHUNK, rows_of(w, R), transposed(latent, row), heads * head, n, R, 0);
-                for (int j = 0; j < n; j++)
-                    for (int i = 0; i < rope; i++) k_rope[i * CHUNK + j] = latent[j * row + R + i];
-                for (int h = 0; h < heads; h++) {
-                    const real *q = acts->q + ((long)b * c->NH + h0 + h) * HS, *k = kv + (long)h * head * CHUNK;
-                    attend_chunk(part_of_chunk(m, b, h0 + h, chunk, chunks, HS), 0, s, rows_of(q, HS), rows_of(k, CHUNK),
-                                 NOPE, rows_of(q + NOPE, HS), rows_of(k_rope, CHUNK), rope,
-                                 transposed(k + NOPE * CHUNK, CHUNK), HS, 1, n, scale);
-                }
-            }
-    join_chunks(m, out, B, chunks, HS);
+    int KV = c->NH * (c->NOPE + c->HS), row = c->R + c->HS - c->NOPE;
+    for (int b = 0; b < B; b++) {
+        Acts one = {.q = acts->q + (long)b * c->NH * c->HS, .kv = m->cache->kv,
+                    .kv_a = m->cache->layers + l * m->cache->layer_size + (long)b * m->cache->capacity * row};
+        matmul(one.kv, KV, rows_of(one.kv_a, row), transposed(m->w[l][KVB_W], c->R), keys, KV, c->R, NULL, 0);
+        Heads a = heads_of(m, &one);
+        attention_decode(m, &a, (View){element(out, b, 0), out.token, out.head}, 1, keys);
+    }
 }
 
 // ABSORPTION: decoding from the latents themselves. Keys and values are linear in the latent c_j,
@@ -2006,13 +1939,6 @@ static const ConfigKey config_keys[] = {
 };
 enum { CONFIG_KEYS = sizeof config_keys / sizeof *config_keys };
 
-// What a run needs beside parameters and moments to go on as if it had never stopped. Data and
-// randomness follow from step and seed.
-typedef struct {
-    long step;                // steps done
-    const char *settings;     // the options that shape a run, in words: a resumed run must have the same
-} RunState;
-
 // --- Writing
 
 typedef struct {
@@ -2057,19 +1983,20 @@ static void check_writable(const char *path) {
 }
 
 // Writes `path`.tmp and renames it when it is complete: a file that bears the name is whole.
-// With a state, the moments and the state are written too.
-static void checkpoint_save(const Model *m, const char *path, const RunState *state) {
+// With settings, what a run needs to go on as if it had never stopped is written too: the moments, the steps
+// done, and the options that shape the run, in words. Data and randomness follow from step and seed.
+static void checkpoint_save(const Model *m, const char *path, long step, const char *settings) {
     check_writable(path);
     Text head = {0};
     size_t at = 0, ok;
-    int parts = state ? 3 : 1;
+    int parts = settings ? 3 : 1;
     text_add(&head, "{\"__metadata__\":{\"format\":\"train_gpt2_mla\"");
     for (const ConfigKey *k = config_keys; k < config_keys + CONFIG_KEYS; k++) {
         int value = *(const int *)((const char *)&m->c + k->offset);
         if (k->names) text_add(&head, ",\"%s\":\"%s\"", k->key, k->names[value]);
         else text_add(&head, ",\"%s\":\"%d\"", k->key, value);
     }
-    if (state) text_add(&head, ",\"step\":\"%ld\",\"settings\":\"%s\"", state->step, state->settings);
+    if (settings) text_add(&head, ",\"step\":\"%ld\",\"settings\":\"%s\"", step, settings);
     text_add(&head, "}");
     for (int part = 0; part < parts; part++)
         for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
@@ -2370,7 +2297,7 @@ static void place_cache(const Model *m, Cache *cache, Arena *arena) {
     cache->scores = take(arena, threads * NH * CHUNK);
     cache->q_lat = take(arena, cache->mode == CACHE_ABSORBED ? B * NH * (c->R + c->HS - c->NOPE) : 0);
     cache->o_lat = take(arena, cache->mode == CACHE_ABSORBED ? B * NH * c->R : 0);
-    cache->kv = take(arena, cache->mode == CACHE_LATENT ? threads * (DECOMPRESS * (c->NOPE + c->HS) + c->HS - c->NOPE) * CHUNK : 0);
+    cache->kv = take(arena, cache->mode == CACHE_LATENT ? (size_t)cache->capacity * NH * (c->NOPE + c->HS) : 0);
 }
 
 // Everything that decoding B sequences of up to `capacity` tokens will need: no step allocates.
@@ -2585,10 +2512,7 @@ static void print_duration(double s) {
 // SIGINT and SIGTERM let the step at hand finish; a second one ends the program at once.
 static volatile sig_atomic_t stop_signal;
 
-static void on_signal(int number) {
-    stop_signal = number;
-    signal(number, SIG_DFL);
-}
+static void on_signal(int number) { stop_signal = number; }
 
 static const char log_header[] = "step,loss,lr,grad_norm,val_loss,tok_per_s,seconds\n";
 
@@ -2598,6 +2522,7 @@ static FILE *log_open(const char *path, long done) {
     size_t size = 0, kept = 0;
     unsigned char *old = done && !access(path, F_OK) ? read_file(path, &size) : NULL;
     for (long row = 0; row <= done && kept < size; row++) {
+        if (row && atol((char *)old + kept) > done) break;  // a log that began later
         unsigned char *end = memchr(old + kept, '\n', size - kept);
         if (!end) break;
         kept = end + 1 - old;
@@ -2608,7 +2533,7 @@ static FILE *log_open(const char *path, long done) {
     if (!f) fail(1, "%s: cannot write: %s", name, strerror(errno));
     if (kept) fwrite(old, 1, kept, f);
     else fputs(log_header, f);
-    if (fflush(f) || rename(name, path)) fail(1, "%s: cannot write: %s", path, strerror(errno));
+    if (fflush(f) || ferror(f) || rename(name, path)) fail(1, "%s: cannot write: %s", path, strerror(errno));
     free(old), free(name);
     return f;
 }
@@ -2619,16 +2544,17 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
     int B = o->batch_size, T = o->seq_len, live = isatty(1);
     int *x = allocate(2 * sizeof(int) * B * T, "batch"), *y = x + B * T;
     Schedule schedule = {o->schedule, o->steps, o->warmup, o->learning_rate, o->min_lr};
-    RunState state = {.step = done, .settings = settings};
+    long step = done, saved = o->resume ? done : -1;  // steps done, and of them in the checkpoint
     Cache *cache = o->sample_every && o->steps ? cache_create(m, cache_mode(&m->c), 1, T) : NULL;  // for samples
     Sampling how = {o->temperature, o->top_k};
     int start_token = min_int(tokenizer->eot, m->c.V - 1);
     FILE *log = o->log ? log_open(o->log, done) : NULL;
     if (o->save) check_writable(o->save);
-    signal(SIGINT, on_signal), signal(SIGTERM, on_signal);
+    struct sigaction stop = {.sa_handler = on_signal, .sa_flags = SA_RESTART | SA_RESETHAND};  // writing a file goes on
+    sigaction(SIGINT, &stop, NULL), sigaction(SIGTERM, &stop, NULL);
 
     double start = seconds(), stepping = 0;  // stepping: time without validation and samples
-    for (long step = done; step < o->steps && !stop_signal; step++) {
+    while (step < o->steps && !stop_signal) {
         double t0 = seconds(), loss = 0, lr = learning_rate_at(&schedule, step);
         for (int micro = 0; micro < o->grad_accum; micro++) {
             long index = step * o->grad_accum + micro;
@@ -2638,49 +2564,48 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
         }
         double norm = gradient_norm(m);
         if (!isfinite(loss) || !isfinite(norm))
-            fail(1, "step %ld: loss %f, gradient norm %f at learning rate %g; stopped, nothing saved (a lower --learning-rate may help)",
+            fail(1, "step %ld: loss %f, gradient norm %f at learning rate %g; stopped, and not saved (a lower --learning-rate may help)",
                  step + 1, loss, norm, lr);
         adamw_update(m, &o->adam, lr, step + 1, clip_scale(norm, o->grad_clip));
-        state.step = step + 1;
+        step++;
 
         double took = seconds() - t0, rate = (double)B * T * o->grad_accum / took;
         stepping += took;
-        int last = step + 1 == o->steps;
-        int validate = val && (last || (o->val_every && (step + 1) % o->val_every == 0));
-        int sample = last || (step + 1) % (o->sample_every ? o->sample_every : LONG_MAX) == 0;
-        printf("step %ld/%ld | loss %.6f | lr %.1e | grad %.3g | tok/s %.0f | ETA ", step + 1, o->steps, loss, lr, norm, rate);
-        print_duration((seconds() - start) / (step + 1 - done) * (o->steps - step - 1));
+        int last = step == o->steps;
+        int validate = val && (last || (o->val_every && step % o->val_every == 0));
+        int sample = cache && (last || step % o->sample_every == 0);
+        printf("step %ld/%ld | loss %.6f | lr %.1e | grad %.3g | tok/s %.0f | ETA ", step, o->steps, loss, lr, norm, rate);
+        print_duration((seconds() - start) / (step - done) * (o->steps - step));
         printf(!live ? "\n" : validate || sample ? "\033[K\n" : "\033[K\r");  // on a terminal the line stays in place
         fflush(stdout);
         Evaluation e = {0};
         if (validate) {
             e = evaluate(m, val, tokenizer, B, T, last ? 0 : o->val_batches);
-            printf("val  %ld/%ld | ", step + 1, o->steps);
+            printf("val  %ld/%ld | ", step, o->steps);
             print_evaluation(&e);
         }
-        if (sample && cache) {
+        if (sample) {
             uint64_t key = random_stream(o->seed, STREAM_SAMPLE, step);
             generate(m, cache, &start_token, 1, min_int(200, T), &how, key, tokenizer, NULL);
             printf("\n");
         }
         if (log) {
-            fprintf(log, "%ld,%.6f,%.6e,%.6f,", step + 1, loss, lr, norm);
+            fprintf(log, "%ld,%.6f,%.6e,%.6f,", step, loss, lr, norm);
             if (validate) fprintf(log, "%.6f", e.loss);
             fprintf(log, ",%.0f,%.3f\n", rate, seconds() - start);
             if (fflush(log)) fail(1, "%s: cannot write: %s", o->log, strerror(errno));
         }
-        int save = last || stop_signal || (o->save_every && (step + 1) % o->save_every == 0);
-        if (o->save && save) checkpoint_save(m, o->save, &state);
+        if (o->save && o->save_every && step % o->save_every == 0) checkpoint_save(m, o->save, saved = step, settings);
     }
-    if (state.step > done) {
-        printf("%ld steps in ", state.step - done);
+    if (step > done) {
+        printf("%ld steps in ", step - done);
         print_duration(seconds() - start);
-        printf(", %.0f tokens/s\n", (double)B * T * o->grad_accum * (state.step - done) / stepping);
+        printf(", %.0f tokens/s\n", (double)B * T * o->grad_accum * (step - done) / stepping);
     }
-    if (o->save && o->steps == 0) checkpoint_save(m, o->save, NULL);
+    if (o->save && saved != step) checkpoint_save(m, o->save, step, o->steps ? settings : NULL);
     if (o->save) printf("saved %s\n", o->save);
     if (stop_signal) {
-        printf("stopped by signal %d after step %ld%s\n", (int)stop_signal, state.step,
+        printf("stopped by signal %d after step %ld%s\n", (int)stop_signal, step,
                o->save ? "; the same command with --resume goes on from there" : ", nothing saved without --save FILE");
         fflush(stdout);
         exit(128 + stop_signal);
@@ -2843,10 +2768,10 @@ static void check_data(const Data *d, const Model *m, long needed) {
 }
 
 // The options that shape a run, in words, once all defaults are chosen.
-static const char *settings(void) {
+static const char *settings(long training_tokens) {
     static char text[900];
-    snprintf(text, sizeof text, "order %s, batch %d x %d x %d, steps %ld, %s schedule: warmup %ld, lr %g to %g, decay %g, betas %g "
-             "%g, eps %g, clip %g, dropout %g, seed %ld", order_names[opt.order], opt.batch_size, opt.grad_accum,
+    snprintf(text, sizeof text, "training tokens %ld, order %s, batch %d x %d x %d, steps %ld, %s schedule: warmup %ld, lr %g to %g, decay %g, betas %g "
+             "%g, eps %g, clip %g, dropout %g, seed %ld", training_tokens, order_names[opt.order], opt.batch_size, opt.grad_accum,
              opt.seq_len, opt.steps, schedule_names[opt.schedule], opt.warmup, opt.learning_rate, opt.min_lr, opt.adam.weight_decay,
              opt.adam.beta1, opt.adam.beta2, opt.adam.eps, opt.grad_clip, opt.dropout, opt.seed);
     return text;
@@ -2946,11 +2871,14 @@ int main(int argc, char **argv) {
     if (opt.resume) {
         const char *was = checkpoint_meta(&checkpoint, "settings"), *step = checkpoint_meta(&checkpoint, "step");
         if (!was || !step) fail(1, "%s: a model without a run's state, nothing to resume (--load starts from it)", opt.save);
-        const char *is = settings();
+        const char *is = settings(train_data.n);
         size_t same = 0;  // up to the first setting that differs
         for (size_t i = 0; was[i] && was[i] == is[i]; i++) if (was[i] == ' ' && i && was[i - 1] == ',') same = i + 1;
         if (strcmp(was, is)) fail(2, "%s: its run had %s; this one has %s", opt.save, was + same, is + same);
-        done = strtol(step, NULL, 10);
+        char *end;
+        done = strtol(step, &end, 10);
+        if (end == step || *end || done < 0 || done > opt.steps)
+            fail(1, "%s: step '%s', expected a number from 0 to %ld", opt.save, step, opt.steps);
     }
     if (checkpoint.f) checkpoint_close(&checkpoint);
     if (val_data.n) check_data(&val_data, m, 2);
@@ -2969,7 +2897,7 @@ int main(int argc, char **argv) {
             printf("%ld tokens of %s, %d threads%s\n", train_data.n, train_data.path, omp_get_max_threads(),
                    val_data.n ? "" : "; no validation without --val-data");
         }
-        train(m, &opt, &train_data, val_data.n ? &val_data : NULL, &tokenizer, settings(), done);
+        train(m, &opt, &train_data, val_data.n ? &val_data : NULL, &tokenizer, settings(train_data.n), done);
     }
     model_free(m), tokenizer_free(&tokenizer), free(train_data.tokens), free(val_data.tokens);
     return 0;
