@@ -696,7 +696,7 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
 // order: the result does not depend on the number of threads.
 
 enum { PIECES = 32 };
-enum { SMALL = 8192 };  // up to so many numbers, a loop is done sooner than other threads are woken
+enum { SMALL = 8192 };  // up to so many numbers, a loop is done sooner than other threads are woken; a thread's piece
 
 // out[i] += sum over pieces of partial[piece][i], i < n
 static void add_pieces(real *out, const real *partial, long piece_row, int n) {
@@ -853,21 +853,32 @@ static real exp_row(real *x, int n, real scale, real max) {
 
 #define GELU_2U(x) ((real)1.5957691216057308 * ((x) + (real)0.044715 * (x) * (x) * (x)))
 
+static void gelu_piece(real *y, const real *x, int n) {
+    #pragma omp simd
+    for (int i = 0; i < n; i++) y[i] = x[i] / (1 + fast_exp(-GELU_2U(x[i])));
+}
+
+// Pieces in functions of their own: compilers find the vectors there that they miss in a parallel loop.
 static void gelu_forward(real *y, const real *x, long n) {
-    #pragma omp parallel for simd if (parallel : n > SMALL)
-    for (long i = 0; i < n; i++) y[i] = x[i] / (1 + fast_exp(-GELU_2U(x[i])));
+    #pragma omp parallel for if (n > SMALL)
+    for (long i = 0; i < n; i += SMALL) gelu_piece(y + i, x + i, n - i < SMALL ? n - i : SMALL);
 }
 
 // dx = dy (s + x s (1 - s) (2u)') (7), over dy in place. Leaves y = gelu(x) too: the forward
 // did not keep it, and both need s.
-static void gelu_backward(real *dy, real *y, const real *x, long n) {
-    #pragma omp parallel for simd
-    for (long i = 0; i < n; i++) {
+static void gelu_backward_piece(real *dy, real *y, const real *x, int n) {
+    #pragma omp simd
+    for (int i = 0; i < n; i++) {
         real s = 1 / (1 + fast_exp(-GELU_2U(x[i])));
         real slope = (real)1.5957691216057308 * (1 + (real)0.134145 * x[i] * x[i]);
         y[i] = x[i] * s;
         dy[i] *= s + x[i] * s * (1 - s) * slope;
     }
+}
+
+static void gelu_backward(real *dy, real *y, const real *x, long n) {
+    #pragma omp parallel for if (n > SMALL)
+    for (long i = 0; i < n; i += SMALL) gelu_backward_piece(dy + i, y + i, x + i, n - i < SMALL ? n - i : SMALL);
 }
 
 // --- Dropout: a number is dropped with probability p, else scaled by 1/(1-p). Whether number i
@@ -881,7 +892,7 @@ static inline real dropout_scale(const Model *m, uint64_t where, long i) {
 // y = x + dropout(branch), n numbers: the residual connection (1)
 static void residual_forward(const Model *m, real *y, const real *x, const real *branch, long n, int where) {
     if (m->dropout == 0) {
-        #pragma omp parallel for simd if (parallel : n > SMALL)
+        #pragma omp parallel for simd schedule(static, SMALL) if (parallel : n > SMALL)
         for (long i = 0; i < n; i++) y[i] = x[i] + branch[i];
     } else {
         #pragma omp parallel for
@@ -1629,7 +1640,7 @@ static void adamw_update(Model *m, const AdamW *o, double learning_rate, long st
         real *w = m->params + t->offset, *dw = m->grads + t->offset;
         real *am = m->adam_m + t->offset, *av = m->adam_v + t->offset;
         real keep = t->cols ? 1 - learning_rate * o->weight_decay : 1;
-        #pragma omp parallel for simd
+        #pragma omp parallel for simd schedule(static, SMALL)
         for (size_t k = 0; k < t->size; k++) {
             real g = dw[k] * scale;
             am[k] = b1 * am[k] + one_b1 * g;
