@@ -858,7 +858,7 @@ static void gelu_piece(real *y, const real *x, int n) {
     for (int i = 0; i < n; i++) y[i] = x[i] / (1 + fast_exp(-GELU_2U(x[i])));
 }
 
-// Pieces in functions of their own: compilers find the vectors there that they miss in a parallel loop.
+// In fixed pieces, so that where a vector loop ends does not depend on the number of threads.
 static void gelu_forward(real *y, const real *x, long n) {
     #pragma omp parallel for if (n > SMALL)
     for (long i = 0; i < n; i += SMALL) gelu_piece(y + i, x + i, n - i < SMALL ? n - i : SMALL);
