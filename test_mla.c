@@ -758,11 +758,10 @@ static void test_sampling(void) {
 // --- Files
 
 static void test_checkpoints(void) {
-    static const int kinds[][2] = {{MHA, LEARNED}, {MHA, DECOUPLED}, {GQA, ROPE}, {MQA, LEARNED}, {MLA, LEARNED}, {MLA, DECOUPLED}};
     char a[] = "/tmp/test_mla_a_XXXXXX", b[] = "/tmp/test_mla_b_XXXXXX";
     close(mkstemp(a)), close(mkstemp(b));
-    for (int k = 0; k < 6; k++) {
-        Model *m = small_model(kinds[k][0], kinds[k][1], LAYERNORM, -1, 1, 8);
+    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
+        Model *m = small_model(kinds[k].attention, kinds[k].position, kinds[k].norm, kinds[k].RQ, 1, 8);
         for (size_t i = 0; i < m->block; i++) {  // floats, so that the double build loses nothing either
             m->params[i] = (float)m->params[i], m->adam_m[i] = (float)random_normal(1, i), m->adam_v[i] = (float)random_normal(2, i);
         }
