@@ -322,9 +322,9 @@ typedef struct {
     int mode, B, capacity, used;  // sequences; tokens to each: at most, so far
     size_t layer_size;            // reals per layer
     real *layers;
-    real *parts, *scores;         // (B, NH, chunks, value+2), per thread (NH, CHUNK): see attend_chunk
+    real *parts, *scores;         // (B, NH, chunks, value+2), per thread (NH, CHUNK): see attention_decode
     real *q_lat, *o_lat;          // (B, NH, R+rope), (B, NH, R) absorbed
-    real *kv;                     // per thread (DECOMPRESS*(NOPE+HS)+rope, CHUNK) latent: a chunk, decompressed
+    real *kv;                     // (capacity, NH*(NOPE+HS)) latent: one sequence, decompressed
 } Cache;
 
 typedef struct {
@@ -447,7 +447,8 @@ static void model_init(Model *m, uint64_t seed) {
 // tile reads them strictly one after the other: panel p of a holds its rows p*MR .. p*MR+MR-1,
 // and within it step k's MR numbers are adjacent; likewise b by NR columns. One panel of b
 // (24 KB with vectors of 8) stays in the first-level cache, a block of a in the second. Copying also
-// absorbs transposes (a stride decides, not the code) and pads ragged edges with zeros. (In this chapter M, N, K are rows, columns and the length of the sums.)
+// absorbs transposes (a stride decides, not the code) and pads ragged edges with zeros.
+// (In this chapter M, N, K are rows, columns and the length of the sums.)
 //
 // Every element of c is summed by one thread, in an order that the shapes alone decide: results do
 // not depend on the number of threads.
