@@ -324,7 +324,7 @@ typedef struct {
     real *layers;
     real *parts, *scores;         // (B, NH, chunks, value+2), per thread (NH, CHUNK): see attention_decode
     real *q_lat, *o_lat;          // (B, NH, R+rope), (B, NH, R) absorbed
-    real *kv;                     // (capacity, NH*(NOPE+HS)) latent: one sequence, decompressed
+    real *kv;                     // latent: per thread (NOPE+HS, CHUNK), a chunk of one head decompressed
 } Cache;
 
 typedef struct {
@@ -483,7 +483,8 @@ static Mat transposed(const real *p, long row) { return transpose(rows_of(p, row
 // c (rows, vectors*VW) = start + a b. Number (i, k) of a is a[i*a_row + k*a_step], rows of b are b_row
 // apart. `start` is c itself to add to it, a row with stride 0 to add a bias, NULL for zero. Always
 // inlined, so that the constants of each caller unroll the loops and put acc into registers. With
-// one vector, a is read unpacked; then the rows of the next tile are fetched ahead.
+// one vector, a is read unpacked, from memory as a rule; then rows are fetched ahead, those of the tile
+// after the next into the second-level cache (the first is full of b).
 __attribute__((always_inline))
 static inline void tile(const int rows, const int vectors, int K, const real *a, long a_row, long a_step,
                         const real *b, long b_row, real *c, long c_row, const real *start, long start_row) {
@@ -496,7 +497,7 @@ static inline void tile(const int rows, const int vectors, int K, const real *a,
         vec b0 = *(const vec *)b, b1 = *(const vec *)(b + (vectors - 1) * VW);
         #pragma GCC unroll 8
         for (int i = 0; i < rows; i++) {
-            if (vectors == 1 && k % 16 == 0) __builtin_prefetch(a + (rows + i) * a_row);
+            if (vectors == 1 && k % 16 == 0) __builtin_prefetch(a + (2 * rows + i) * a_row, 0, 2);
             acc[i][0] += a[i * a_row] * b0;
             if (vectors == 2) acc[i][1] += a[i * a_row] * b1;
         }
@@ -963,9 +964,11 @@ typedef struct {
     int heads, kv_heads;     // NH, NKV
     int nope, rope, value;   // widths of q_nope, q_rope and v
     View q, k, k_rope, v;    // q (N, NH, nope+rope), k (N, NKV, nope), k_rope (N, 1, rope), v (N, NKV, value)
-    // decoding: from one sequence's cache to the next; whether keys are in panels of NR (chapter 3)
+    // decoding: from one sequence's cache to the next; whether keys are in panels of NR (chapter 3);
+    // W_UKV (NH, nope+value, R) if k views latents, of which keys and values are yet to be made
     long k_sequence, k_rope_sequence, v_sequence;
     int panels;
+    const real *decompress;
 } Heads;
 
 // The matrix whose rows are the tokens from t on, of head h.
@@ -1117,8 +1120,8 @@ static void attention_decode(const Model *m, const Heads *a, View out, int B, in
     real scale = 1 / (real)sqrt(m->c.HS);
     #pragma omp parallel for collapse(3) schedule(dynamic)
     for (int b = 0; b < B; b++)
-        for (int g = 0; g < a->kv_heads; g++)
-            for (int c = 0; c < chunks; c++) {
+        for (int c = 0; c < chunks; c++)
+            for (int g = 0; g < a->kv_heads; g++) {
                 long first = (long)c * CHUNK, part_row = (long)chunks * (value + 2);
                 int n = min_int(CHUNK, keys - first);
                 real *part = part_of_chunk(m, b, g * group, c, chunks, value);              // (group, part_row)
@@ -1128,6 +1131,12 @@ static void attention_decode(const Model *m, const Heads *a, View out, int B, in
                 Mat k_rope = transposed(element(a->k_rope, first, g) + b * a->k_rope_sequence, a->k_rope.token);
                 Mat v = rows_of(element(a->v, first, g) + b * a->v_sequence, a->v.token);
                 if (a->panels) k = rows_of(k.p, NR), k_rope = rows_of(k_rope.p, NR);
+                if (a->decompress) {  // (21), transposed: k' (nope, n) above v' (value, n)
+                    int rows = a->nope + value, R = a->k.token;
+                    real *kv = m->cache->kv + (long)omp_get_thread_num() * rows * CHUNK;
+                    multiply_rows(kv, CHUNK, rows_of(a->decompress + (long)g * rows * R, R), k.p, NR, (long)R * NR, rows, n, R, NULL, 0);
+                    k = rows_of(kv, CHUNK), v = transposed(kv + a->nope * CHUNK, CHUNK);
+                }
                 matmul_few(s, CHUNK, q, k, group, n, a->nope, NULL, 0);
                 if (a->rope) matmul_few(s, CHUNK, q_rope, k_rope, group, n, a->rope, s, CHUNK);
                 for (int r = 0; r < group; r++) {
@@ -1261,19 +1270,22 @@ static void mla_backward(Model *m, int l, const Acts *acts, int N) {
 //
 // Per layer and sequence, CACHE_FULL keeps keys and values by head and the shared rotary key once:
 // k (NKV, capacity, NOPE) and k_rope (capacity, rope) in panels of NR keys, so that a query meets NR keys
-// with each multiply-add; v (NKV, capacity, HS) in rows. For mla the two others keep one row per token
-// instead, [normed latent; rotated key] (capacity, R+rope).
+// with each multiply-add; v (NKV, capacity, HS) in rows. For mla, CACHE_LATENT has the normed latents,
+// (capacity, R) in panels too, in the place of k and v. Keys and values are made of them at every step:
+// MLA's memory at the price of NH*(NOPE+HS)*R multiply-adds per cached token, layer and step.
+// CACHE_ABSORBED keeps a row per token, [normed latent; rotated key] (capacity, R+rope).
 
-static Heads cache_heads(const Model *m, int l) {  // views of a full cache's layer l
+static Heads cache_heads(const Model *m, int l) {  // views of layer l's cache, full or latent
     const Config *c = &m->c;
     const Cache *cache = m->cache;
-    long capacity = cache->capacity, keys = capacity * c->NKV * c->NOPE, values = capacity * c->NKV * c->HS;
-    long rope = c->HS - c->NOPE;
+    int latent = cache->mode == CACHE_LATENT, k = latent ? c->R : c->NOPE, rope = c->HS - c->NOPE;
+    long capacity = cache->capacity, keys = capacity * k * (latent ? 1 : c->NKV), values = latent ? 0 : capacity * c->NKV * c->HS;
     real *base = cache->layers + l * cache->layer_size;
     return (Heads){.heads = c->NH, .kv_heads = c->NKV, .nope = c->NOPE, .rope = rope, .value = c->HS, .panels = 1,
-                   .k = {base, c->NOPE, capacity * c->NOPE}, .k_sequence = keys,
+                   .k = {base, k, latent ? 0 : capacity * k}, .k_sequence = keys,
                    .v = {base + cache->B * keys, c->HS, capacity * c->HS}, .v_sequence = values,
-                   .k_rope = {base + cache->B * (keys + values), rope, 0}, .k_rope_sequence = capacity * rope};
+                   .k_rope = {base + cache->B * (keys + values), rope, 0}, .k_rope_sequence = capacity * rope,
+                   .decompress = latent ? m->w[l][KVB_W] : NULL};
 }
 
 // Where the numbers of key `at`, n of them, stand among panels: NR apart.
@@ -1288,39 +1300,27 @@ static void panel_put(real *panels, long at, const real *key, int n) {
 static void cache_append(Model *m, int l, const Acts *acts, int B, int T) {
     const Config *c = &m->c;
     Cache *cache = m->cache;
-    Heads from = heads_of(m, acts), to = cache_heads(m, l);
+    Heads from = heads_of(m, acts);
     size_t R = c->R, rope = from.rope;
     #pragma omp parallel for collapse(2) if (B * T > 1)
     for (int b = 0; b < B; b++)
         for (int t = 0; t < T; t++) {
             long n = (long)b * T + t, at = cache->used + t;
-            if (cache->mode != CACHE_FULL) {
+            if (cache->mode == CACHE_ABSORBED) {
                 real *row = cache->layers + l * cache->layer_size + ((long)b * cache->capacity + at) * (R + rope);
                 memcpy(row, m->latent + n * R, R * sizeof(real));
                 memcpy(row + R, element(from.k_rope, n, 0), rope * sizeof(real));
                 continue;
             }
-            for (int g = 0; g < c->NKV; g++) {
-                panel_put(element(to.k, 0, g) + b * to.k_sequence, at, element(from.k, n, g), c->NOPE);
-                memcpy(element(to.v, at, g) + b * to.v_sequence, element(from.v, n, g), c->HS * sizeof(real));
-            }
+            Heads to = cache_heads(m, l);
+            if (cache->mode == CACHE_LATENT) panel_put(to.k.p + b * to.k_sequence, at, m->latent + n * R, R);
+            else
+                for (int g = 0; g < c->NKV; g++) {
+                    panel_put(element(to.k, 0, g) + b * to.k_sequence, at, element(from.k, n, g), c->NOPE);
+                    memcpy(element(to.v, at, g) + b * to.v_sequence, element(from.v, n, g), c->HS * sizeof(real));
+                }
             panel_put(to.k_rope.p + b * to.k_rope_sequence, at, element(from.k_rope, n, 0), rope);
         }
-}
-
-// Cached latents, decompressed at every step into keys and values of all tokens so far (21): the memory
-// of MLA at the price of NH*(NOPE+HS)*R multiply-adds per cached token, layer and step. A cached row is laid
-// out as a row of kv_a, so that heads_of finds the rotary keys too.
-static void decode_latent(Model *m, int l, const Acts *acts, View out, int B, int keys) {
-    const Config *c = &m->c;
-    int KV = c->NH * (c->NOPE + c->HS), row = c->R + c->HS - c->NOPE;
-    for (int b = 0; b < B; b++) {
-        Acts one = {.q = acts->q + (long)b * c->NH * c->HS, .kv = m->cache->kv,
-                    .kv_a = m->cache->layers + l * m->cache->layer_size + (long)b * m->cache->capacity * row};
-        matmul(one.kv, KV, rows_of(one.kv_a, row), transposed(m->w[l][KVB_W], c->R), keys, KV, c->R, NULL, 0);
-        Heads a = heads_of(m, &one);
-        attention_decode(m, &a, (View){element(out, b, 0), out.token, out.head}, 1, keys);
-    }
 }
 
 // ABSORPTION: decoding from the latents themselves. Keys and values are linear in the latent c_j,
@@ -1371,7 +1371,6 @@ static void attention_block_forward(Model *m, int l, Acts *acts, int B, int T) {
     rope_heads(m, &a, N, T, first, 1);
     if (m->cache) cache_append(m, l, acts, B, T);
     if (first == 0) attention_forward(m, &a, out, acts->lse, B, T);
-    else if (mode == CACHE_LATENT) decode_latent(m, l, acts, out, B, first + 1);
     else if (mode == CACHE_ABSORBED) decode_absorbed(m, l, acts, out, B, first + 1);
     else {
         Heads cached = cache_heads(m, l);
@@ -2309,7 +2308,7 @@ static void place_cache(const Model *m, Cache *cache, Arena *arena) {
     cache->scores = take(arena, threads * NH * CHUNK);
     cache->q_lat = take(arena, cache->mode == CACHE_ABSORBED ? B * NH * (c->R + c->HS - c->NOPE) : 0);
     cache->o_lat = take(arena, cache->mode == CACHE_ABSORBED ? B * NH * c->R : 0);
-    cache->kv = take(arena, cache->mode == CACHE_LATENT ? (size_t)cache->capacity * NH * (c->NOPE + c->HS) : 0);
+    cache->kv = take(arena, cache->mode == CACHE_LATENT ? threads * (c->NOPE + c->HS) * CHUNK : 0);
 }
 
 // Everything that decoding B sequences of up to `capacity` tokens will need: no step allocates.
