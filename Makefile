@@ -6,6 +6,7 @@
 # make sanitize    the tests again under address and undefined-behaviour sanitizers
 # make clean
 #
+# make test RUN=qemu-aarch64 with CC=aarch64-linux-gnu-gcc ARCH= LDLIBS="-lm -static": on another processor, emulated
 # make CC=clang, make OMP= (without OpenMP), make ARCH= (for any processor of this kind).
 
 CC     ?= cc
@@ -42,11 +43,11 @@ test_mla: test_mla.c train_gpt2_mla.c .flags
 test_mla_double: test_mla.c train_gpt2_mla.c .flags
 	$(BUILD) -Wno-unused-function -DREAL_DOUBLE $< -o $@ $(OMP) $(LDLIBS)
 
-test: test_mla test_mla_double
-	./test_mla
+test: test_mla test_mla_double train_gpt2_mla
+	RUN="$(RUN)" $(RUN) ./test_mla
 
 sanitize:
-	$(MAKE) test train_gpt2_mla CFLAGS="-O1 -g -std=c11 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all"
+	ASAN_OPTIONS=allocator_may_return_null=1 $(MAKE) test CFLAGS="-O1 -g -std=c11 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 shakespeare:
 	python3 prepro_tinyshakespeare.py

@@ -4,7 +4,8 @@ Tests of train_gpt2_mla.c, which is included below: `make test`. They need a C c
 The same tests are built twice. test_mla computes in float, as training does; test_mla_double
 (-DREAL_DOUBLE) in double, where rounding is out of the way: there finite differences check
 every gradient, so that an attention of your own can be trusted without another framework.
-test_mla runs test_mla_double too and adds up; its last line is `N passed, M failed`.
+test_mla runs test_mla_double and dev/test_errors.sh (bad input) too and adds up; its last line is
+`N passed, M failed`.
 
     matrix product, exp       against plain loops and libm
     reference dumps           dev/reference/: logits, loss, gradients and 10 AdamW steps of every
@@ -809,11 +810,10 @@ static void test_config(void) {  // defaults; the experiments' cache sizes, floa
     }
 }
 
-// Runs the build in double and adds its counts to ours.
-static void run_double(const char *self) {
-    char command[4096], line[1024];
+// Runs tests that are a program of their own and adds their counts to ours.
+static void run_also(const char *command) {
+    char line[1024];
     int p = -1, f = -1;
-    snprintf(command, sizeof command, "\"%s_double\"", self);
     FILE *pipe = popen(command, "r");
     while (pipe && fgets(line, sizeof line, pipe))
         if (sscanf(line, "%d passed, %d failed", &p, &f) != 2) fputs(line, stdout);
@@ -841,7 +841,14 @@ int main(int argc, char **argv) {
         printf("%s: %-22s %4d checks\n", sizeof(real) == sizeof(float) ? "float " : "double", tests[i].what, passed - before);
         fflush(stdout);
     }
-    if (sizeof(real) == sizeof(float)) run_double(argv[0]);
+    if (sizeof(real) == sizeof(float)) {
+        char command[4096];
+        snprintf(command, sizeof command, "$RUN '%s_double'", argv[0]);
+        run_also(command);
+        int before = passed;
+        run_also("sh dev/test_errors.sh");
+        printf("bad input                     %4d checks\n", passed - before);
+    }
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;
 }

@@ -194,6 +194,8 @@ static void config_complete(Config *c, int status, const char *where) {
         fail(status, "%s: position %s does not go with attention %s (expected learned or %s)", where,
              position, kind, c->attention == MLA ? "decoupled" : "rope");
 
+    if (c->position == ROPE && c->HS % 2)
+        fail(status, "%s: head size %d (channels / heads): position rope turns pairs, expected an even one", where, c->HS);
     int rd = c->position == LEARNED ? 0 : c->position == ROPE ? c->HS : -1;
     if (c->RD == -1) c->RD = rd != -1 ? rd : c->HS / 4 * 2;  // even
     if (rd != -1 && c->RD != rd)
@@ -1754,7 +1756,7 @@ static void data_own_text(Data *train, Data *val) {
         free(bytes);
     }
     if (total < 10000)
-        fail(1, "no data: run this in the repository, run `make shakespeare` first, or name a text with --train-data FILE");
+        fail(1, "no data: run this in the repository, run `make shakespeare` first, or name a text with --train-data (--eval: --val-data) FILE");
     *train = (Data){.path = "the repository's own text", .largest = 255};
     *val = *train;
     data_set_text(train, all, total - total / 10);
@@ -1809,8 +1811,8 @@ static Tokenizer tokenizer_load(const char *path) {
     Tokenizer t = {.bytes = read_file(path, &size)};
     uint32_t header[4] = {0};
     memcpy(header, t.bytes, size < sizeof header ? size : sizeof header);
+    if (size < HEADER) fail(1, "%s: %zu bytes, expected a tokenizer, whose header alone has %d", path, size, HEADER);
     if (header[0] != MAGIC) fail(1, "%s: first number %u, expected a tokenizer's %d", path, header[0], MAGIC);
-    if (size < HEADER) fail(1, "%s: %zu bytes, expected a header of %d: the file is cut short", path, size, HEADER);
     if (header[1] != 1 && header[1] != 2) fail(1, "%s: tokenizer version %u, expected 1 or 2", path, header[1]);
     if (header[2] < 1 || header[2] > 65536) fail(1, "%s: vocabulary of %u, expected 1 to 65536", path, header[2]);
     t.V = header[2];
@@ -1893,7 +1895,7 @@ static long encode(const Tokenizer *t, const unsigned char *text, long n, int *o
         }
         for (int i = 0; i < parts; i++) {
             int token = *tokenizer_place(t, piece + start[i], start[i + 1] - start[i]);
-            if (token == -1) fail(1, "prompt: byte %d at place %ld is not in the vocabulary", piece[start[i]], at + start[i]);
+            if (token == -1) fail(2, "--prompt: byte %d at place %ld is not in the vocabulary", piece[start[i]], at + start[i]);
             out[count++] = token;
         }
     }
@@ -1983,10 +1985,16 @@ static char *temporary_name(const char *path) {
     return name;
 }
 
-// Fails if a checkpoint could not be written to `path`: better before the training than after it.
-static void check_writable(const char *path) {
+// Fails if `path` could not be written: better before the training than after it. A file that is there already
+// must be of the same kind, with the text `like` at byte `at`: nothing else is ever replaced.
+static void check_writable(const char *path, const char *kind, const char *like, long at) {
+    char found[64] = {0};
     struct stat st;
     if (!stat(path, &st) && !S_ISREG(st.st_mode)) fail(1, "%s: exists and is no regular file; will not replace it", path);
+    FILE *old = fopen(path, "rb");
+    if (old && fread(found, 1, 1, old) && (fseek(old, at, SEEK_SET) || !fread(found, 1, strlen(like), old) || strcmp(found, like)))
+        fail(1, "%s: exists and is no %s; will not replace it", path, kind);
+    if (old) fclose(old);
     char *name = temporary_name(path);
     FILE *f = fopen(name, "wb");
     if (!f) fail(1, "%s: cannot write: %s", path, strerror(errno));
@@ -1995,11 +2003,13 @@ static void check_writable(const char *path) {
     free(name);
 }
 
+static void check_checkpoint_writable(const char *path) { check_writable(path, "checkpoint", "{\"__metadata__\":", 8); }
+
 // Writes `path`.tmp and renames it when it is complete: a file that bears the name is whole.
 // With settings, what a run needs to go on as if it had never stopped is written too: the moments, the steps
 // done, and the options that shape the run, in words. Data and randomness follow from step and seed.
 static void checkpoint_save(const Model *m, const char *path, long step, const char *settings) {
-    check_writable(path);
+    check_checkpoint_writable(path);
     Text head = {0};
     size_t at = 0, ok;
     int parts = settings ? 3 : 1;
@@ -2525,7 +2535,10 @@ static void print_duration(double s) {
 // SIGINT and SIGTERM let the step at hand finish; a second one ends the program at once.
 static volatile sig_atomic_t stop_signal;
 
-static void on_signal(int number) { stop_signal = number; }
+static void on_signal(int number) {
+    if (stop_signal) _exit(128 + number);
+    stop_signal = number;
+}
 
 static const char log_header[] = "step,loss,lr,grad_norm,val_loss,tok_per_s,seconds\n";
 
@@ -2540,7 +2553,7 @@ static FILE *log_open(const char *path, long done) {
         if (!end) break;
         kept = end + 1 - old;
     }
-    check_writable(path);
+    check_writable(path, "log of this program", log_header, 0);
     char *name = temporary_name(path);
     FILE *f = fopen(name, "wb");
     if (!f) fail(1, "%s: cannot write: %s", name, strerror(errno));
@@ -2562,8 +2575,8 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
     Sampling how = {o->temperature, o->top_k};
     int start_token = min_int(tokenizer->eot, m->c.V - 1);
     FILE *log = o->log ? log_open(o->log, done) : NULL;
-    if (o->save) check_writable(o->save);
-    struct sigaction stop = {.sa_handler = on_signal, .sa_flags = SA_RESTART | SA_RESETHAND};  // writing a file goes on
+    if (o->save) check_checkpoint_writable(o->save);
+    struct sigaction stop = {.sa_handler = on_signal, .sa_flags = SA_RESTART};  // writing a file goes on
     sigaction(SIGINT, &stop, NULL), sigaction(SIGTERM, &stop, NULL);
 
     double start = seconds(), stepping = 0;  // stepping: time without validation and samples
@@ -2578,7 +2591,7 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
         double norm = gradient_norm(m);
         if (!isfinite(loss) || !isfinite(norm))
             fail(1, "step %ld: loss %f, gradient norm %f at learning rate %g; stopped, and not saved (a lower --learning-rate may help)",
-                 step + 1, loss, norm, lr);
+                 step + 1, fabs(loss), norm, lr);
         adamw_update(m, &o->adam, lr, step + 1, clip_scale(norm, o->grad_clip));
         step++;
 
@@ -2860,6 +2873,8 @@ int main(int argc, char **argv) {
         checkpoint = checkpoint_open(opt.load ? opt.load : opt.save);
         Config loaded = checkpoint_config(&checkpoint);
         check_against(&loaded, checkpoint.path);
+        if (opt.resume && !(checkpoint_meta(&checkpoint, "settings") && checkpoint_meta(&checkpoint, "step")))
+            fail(1, "%s: a model without a run's state, nothing to resume (--load starts from it)", opt.save);
         m = model_create(&loaded, updating);
         checkpoint_read_model(&checkpoint, m, opt.resume && updating);
         if (opt.seq_len == -1) opt.seq_len = loaded.block_size;
@@ -2883,11 +2898,11 @@ int main(int argc, char **argv) {
     long done = 0;
     if (opt.resume) {
         const char *was = checkpoint_meta(&checkpoint, "settings"), *step = checkpoint_meta(&checkpoint, "step");
-        if (!was || !step) fail(1, "%s: a model without a run's state, nothing to resume (--load starts from it)", opt.save);
         const char *is = settings(train_data.n);
         size_t same = 0;  // up to the first setting that differs
         for (size_t i = 0; was[i] && was[i] == is[i]; i++) if (was[i] == ' ' && i && was[i - 1] == ',') same = i + 1;
-        if (strcmp(was, is)) fail(2, "%s: its run had %s; this one has %s", opt.save, was + same, is + same);
+        was += same, is += same;
+        if (strcmp(was, is)) fail(2, "%s: its run had %.*s; this one has %.*s", opt.save, (int)strcspn(was, ","), was, (int)strcspn(is, ","), is);
         char *end;
         done = strtol(step, &end, 10);
         if (end == step || *end || done < 0 || done > opt.steps)

@@ -1,0 +1,325 @@
+#!/bin/sh
+# Every bad input that a person can give, and the line that answers it. A row is an exit status, the line, and
+# the options that lead to it; the files it needs are made just above. Part of `make test`, or alone:
+#     sh dev/test_errors.sh            with ./train_gpt2_mla, started by the command in $RUN if that is set
+# The last line is `N passed, M failed`.
+export LC_ALL=C
+program=$PWD/train_gpt2_mla
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
+cd "$work" || exit 1
+passed=0 failed=0
+
+row() {  # $under: a command to start the program with, for some rows
+    status=$1 line=$2; shift 2
+    $under $RUN "$program" "$@" </dev/null >out 2>err
+    found=$?
+    if [ $found = "$status" ] && [ "$(cat err)" = "train_gpt2_mla: $line" ]; then passed=$((passed + 1)); return; fi
+    failed=$((failed + 1))
+    printf 'FAILED bad input: %s\n  expected %s: train_gpt2_mla: %s\n  found    %s: %s\n' "$*" "$status" "$line" $found "$(cat err)"
+}
+
+holds() {  # what, then a command that must succeed
+    what=$1; shift
+    if "$@" >said 2>&1; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "FAILED bad input: $what: $*"; fi
+}
+
+
+int32() {  # numbers, as four bytes each
+    for n in "$@"; do
+        n=$((n & 4294967295))
+        printf "\\$(printf %o $((n & 255)))\\$(printf %o $((n >> 8 & 255)))\\$(printf %o $((n >> 16 & 255)))\\$(printf %o $((n >> 24)))"
+    done
+}
+
+zeros() { head -c "$1" /dev/zero; }
+
+header() { int32 "$@"; zeros $((1024 - 4 * $#)); }  # of a token or tokenizer file
+
+# A checkpoint like $1 with its header changed by the sed command $2 and, from byte $3 of the data on, $4 put in.
+checkpoint() {
+    length=$(od -An -tu4 -N4 "$1" | tr -d ' ')
+    head -c $((8 + length)) "$1" | tail -c +9 | sed "$2" >json
+    tail -c +$((9 + length)) "$1" >data
+    int32 "$(wc -c <json)" 0
+    cat json
+    if [ $# -gt 2 ]; then head -c "$3" data; printf "$4"; tail -c +$(($3 + 1 + $(printf "$4" | wc -c))) data; else cat data; fi
+}
+
+printf 'To be, or not to be, that is the question.\n' >text
+tiny='--attention mha --layers 1 --heads 2 --channels 8 --seq-len 8'
+mla='--attention mla --layers 1 --heads 2 --channels 8 --seq-len 8'
+$RUN "$program" $tiny --steps 0 --vocab-size 256 --save model >out || exit 1
+$RUN "$program" $tiny --train-data text --batch-size 2 --steps 2 --sample-every 0 --save run --log log.csv >out || exit 1
+
+# The command line
+
+row 2 '--layer: no such option; --help lists them' --layer 3
+row 2 'train: no such option; --help lists them' train
+row 2 '--layers: its value is missing' --layers
+row 2 '--layers: given twice' --layers 3 --layers 3
+row 2 "--layers: 'x', expected a whole number from 1 to 1000" --layers x
+row 2 "--layers: '', expected a whole number from 1 to 1000" --layers ''
+row 2 "--layers: '3.5', expected a whole number from 1 to 1000" --layers 3.5
+row 2 "--layers: '-1', expected a whole number from 1 to 1000" --layers -1
+row 2 "--layers: '0', expected a whole number from 1 to 1000" --layers 0
+row 2 "--layers: '99999999999999999999', expected a whole number from 1 to 1000" --layers 99999999999999999999
+row 2 "--seed: '-1', expected a whole number from 0 to 9e+15" --seed -1
+row 2 "--learning-rate: 'nan', expected a number from 0 to 1000" --learning-rate nan
+row 2 "--learning-rate: 'inf', expected a number from 0 to 1000" --learning-rate inf
+row 2 "--learning-rate: '1e-3x', expected a number from 0 to 1000" --learning-rate 1e-3x
+row 2 "--grad-clip: '-1', expected a number from 0 to 1000000000" --grad-clip -1
+row 2 "--dropout: '1', expected a number from 0 to 0.99" --dropout 1
+row 2 "--attention: 'mlaa', expected one of mha, gqa, mqa, mla" --attention mlaa
+row 2 "--cache: 'half', expected one of full, latent, absorbed" --cache half
+row 2 '--load: empty, expected a file name' --load ''
+row 2 '--min-lr 1: expected at most the learning rate, 0.1' --min-lr 1 --learning-rate 0.1 --train-data text
+row 2 '--eval: expected --load FILE too' --eval
+row 2 '--generate: expected --load FILE too' --generate 5
+row 2 '--eval and --generate: expected one of them' --eval --generate 5 --load model
+row 1 'no data: run this in the repository, run `make shakespeare` first, or name a text with --train-data (--eval: --val-data) FILE' --eval --load model
+row 2 '--prompt: expected --generate N too' --prompt hello
+row 2 '--val-data: expected --train-data FILE too' --val-data text
+row 2 '--save-every: expected --save FILE too' --save-every 5
+row 2 '--resume: expected --save FILE, the run to go on with, and no --load' --resume
+row 2 '--resume: expected --save FILE, the run to go on with, and no --load' --resume --save run --load run
+
+# The model's shape
+
+row 2 'options: heads 3 does not divide channels 128' --heads 3 --train-data text
+row 2 'options: kv-heads 3 does not divide heads 4' --attention gqa --heads 4 --kv-heads 3 --train-data text
+row 2 'options: kv-heads 2: mha has 4 (gqa lets you choose)' --attention mha --kv-heads 2 --train-data text
+row 2 'options: kv-heads 2: mqa has 1 (gqa lets you choose)' --attention mqa --kv-heads 2 --train-data text
+row 2 'options: position rope does not go with attention mla (expected learned or decoupled)' --attention mla --position rope --train-data text
+row 2 'options: position decoupled does not go with attention gqa (expected learned or rope)' --attention gqa --position decoupled --train-data text
+row 2 'options: rope-dim 5: expected an even number from 2 to less than the head size, 32' --rope-dim 5 --train-data text
+row 2 'options: rope-dim 32: expected an even number from 2 to less than the head size, 32' --rope-dim 32 --train-data text
+row 2 'options: head size 3 (channels / heads): position rope turns pairs, expected an even one' --attention mha --position rope --channels 6 --heads 2 --train-data text
+row 2 'options: rope-dim 4: position learned needs 0' --position learned --rope-dim 4 --train-data text
+row 2 "--kv-rank: '0', expected a whole number from 1 to 65536" --kv-rank 0
+row 2 'options: kv-rank 129: expected 1 to channels, 128' --kv-rank 129 --train-data text
+row 2 'options: q-rank 129: expected 0 (no query latent) to channels, 128' --q-rank 129 --train-data text
+row 2 'options: attention mha has no latent: q-rank and kv-rank go with mla' --attention mha --kv-rank 8 --train-data text
+row 2 '--latent-norm: attention mha has no latent' --attention mha --latent-norm rmsnorm --train-data text
+row 1 'parameters and optimizer: 836098423.5 MB of memory needed, and not to be had' --channels 65536 --heads 1 --layers 1000 --train-data text --seq-len 8
+row 1 'activations: 85830.7 MB of memory needed, and not to be had' --batch-size 65536 --seq-len 40 --train-data text
+
+# Token files and texts
+
+row 1 'missing: cannot open: No such file or directory' $tiny --train-data missing
+row 1 '.: found a folder, expected a regular file' $tiny --train-data .
+mkfifo pipe
+row 1 'pipe: found a pipe or device, expected a regular file' $tiny --train-data pipe
+: >empty
+row 1 'empty: 0 tokens, expected at least 2' $tiny --train-data empty
+printf x >one
+row 1 'one: 1 tokens, expected at least 2' $tiny --train-data one
+printf 'a\000b' >binary
+row 1 'binary: neither tokens (first number 6422625, expected 20240520) nor text (a zero byte at offset 1)' $tiny --train-data binary
+int32 20240520 1 >short
+row 1 'short: 8 bytes, expected a header of 1024: the file is cut short' $tiny --train-data short
+header 20240520 2 4 >version
+row 1 'version: token file version 2, expected 1' $tiny --train-data version
+header 20240520 1 -4 >negative
+row 1 'negative: 0 bytes follow the header, expected -8 for its count of -4 tokens' $tiny --train-data negative
+{ header 20240520 1 4; zeros 7; } >truncated
+row 1 'truncated: 7 bytes follow the header, expected 8 for its count of 4 tokens' $tiny --train-data truncated
+{ header 20240520 1 4; zeros 9; } >overlong
+row 1 'overlong: 9 bytes follow the header, expected 8 for its count of 4 tokens' $tiny --train-data overlong
+{ header 20240520 1 60; zeros 118; printf '\007\001'; } >tokens
+row 1 "tokens: token 263, expected less than the model's vocabulary, 256: made with another tokenizer?" $tiny --vocab-size 256 --train-data tokens
+row 1 'text: 43 tokens, expected at least 65 for a batch' --attention mha --train-data text --seq-len 64
+row 1 'text: 43 tokens, expected at least 65 for a batch' $tiny --train-data text --order sequential --batch-size 8
+row 1 'missing: cannot open: No such file or directory' $tiny --train-data text --val-data missing
+
+# Tokenizers
+
+row 1 'missing: cannot open: No such file or directory' $tiny --train-data text --tokenizer missing
+row 1 'empty: 0 bytes, expected a tokenizer, whose header alone has 1024' $tiny --train-data text --tokenizer empty
+row 1 'text: 43 bytes, expected a tokenizer, whose header alone has 1024' $tiny --train-data text --tokenizer text
+int32 20240328 2 >tok.short
+row 1 'tok.short: 8 bytes, expected a tokenizer, whose header alone has 1024' $tiny --train-data text --tokenizer tok.short
+header 20240328 3 2 0 >tok.version
+row 1 'tok.version: tokenizer version 3, expected 1 or 2' $tiny --train-data text --tokenizer tok.version
+header 20240328 2 0 0 >tok.none
+row 1 'tok.none: vocabulary of 0, expected 1 to 65536' $tiny --train-data text --tokenizer tok.none
+header 20240328 2 70000 0 >tok.many
+row 1 'tok.many: vocabulary of 70000, expected 1 to 65536' $tiny --train-data text --tokenizer tok.many
+header 20240328 2 2 2 >tok.eot
+row 1 'tok.eot: end-of-text token 2, expected less than 2' $tiny --train-data text --tokenizer tok.eot
+{ header 20240328 2 2 0; printf '\001a\005b'; } >tok.cut
+row 1 'tok.cut: ends within token 1, expected 2 tokens: the file is cut short' $tiny --train-data text --tokenizer tok.cut
+{ header 20240328 2 2 0; printf '\001a\001bc'; } >tok.long
+row 1 'tok.long: 1 bytes after its last token' $tiny --train-data text --tokenizer tok.long
+{ header 20240328 2 2 0; printf '\001a\001b'; } >tok
+row 1 "text: token 117, expected less than the model's vocabulary, 2: made with another tokenizer?" $tiny --train-data text --tokenizer tok
+row 2 '--prompt: byte 99 at place 2 is not in the vocabulary' --load model --generate 2 --tokenizer tok --prompt abc
+$RUN "$program" $tiny --steps 0 --vocab-size 2 --save two >out
+row 2 "--generate: expected --tokenizer FILE, the model's vocabulary is 2" --load two --generate 2
+row 1 "text: token 117, expected less than the model's vocabulary, 2: made with another tokenizer?" --load two --eval --val-data text --tokenizer tok
+cp tok x_tokenizer.bin; cp text x_train.bin
+row 1 "x_tokenizer.bin: vocabulary 2, the model's is 256: made with another --tokenizer?" --load model --train-data x_train.bin
+
+# Checkpoints
+
+row 1 'missing: cannot open: No such file or directory' --load missing --train-data text
+row 1 '.: found a folder, expected a regular file' --load . --train-data text
+row 1 'empty: 0 bytes, expected a safetensors checkpoint' --load empty --train-data text
+row 1 'text: not a safetensors file, or cut short: its header claims 8007448951414353748 bytes, of a file of 43' --load text --train-data text
+head -c 100 model >cut.header
+row 1 'cut.header: not a safetensors file, or cut short: its header claims 1376 bytes, of a file of 100' --load cut.header --train-data text
+head -c 3000 model >cut.data
+row 1 'cut.data: 1616 bytes of data, expected 11744: cut short or over-long' --load cut.data --train-data text
+{ cat model; zeros 4; } >long
+row 1 'long: 11748 bytes of data, expected 11744: cut short or over-long' --load long --train-data text
+{ int32 6 0; printf '[1, 2]'; } >no.object
+row 1 "no.object: its header is not that of a safetensors file at byte 8: expected '{'" --load no.object --train-data text
+{ int32 2 0; printf '{}'; } >no.metadata
+row 1 "no.metadata: its header is not that of a safetensors file at byte 9: expected '\"'" --load no.metadata --train-data text
+checkpoint model 's/train_gpt2_mla/other/' >format
+row 1 "format: its metadata's format is other, expected train_gpt2_mla" --load format --train-data text
+checkpoint model 's/"n_head":"2",//' >no.heads
+row 1 'no.heads: its metadata has no n_head' --load no.heads --train-data text
+checkpoint model 's/"n_head":"2"/"n_head":"two"/' >heads.word
+row 1 "heads.word: n_head is 'two', expected a whole number from 0 to 16777216" --load heads.word --train-data text
+checkpoint model 's/"n_head":"2"/"n_head":"3"/' >heads.3
+row 1 'heads.3: heads 3 does not divide channels 8' --load heads.3 --train-data text
+checkpoint model 's/"n_layer":"1"/"n_layer":"0"/' >layers.0
+row 1 'layers.0: layers, heads, channels, block_size and vocab_size must be at least 1' --load layers.0 --train-data text
+checkpoint model 's/"n_layer":"1"/"n_layer":"1000000"/' >layers.many
+row 1 'layers.many: 1000000 layers, 8 channels and a vocabulary of 256, more than its data holds' --load layers.many --train-data text
+checkpoint model 's/"attention":"mha"/"attention":"flash"/' >kind
+row 1 'kind: attention is flash, which this program does not know' --load kind --train-data text
+checkpoint model 's/"dtype":"F32"/"dtype":"BF16"/' >bf16
+row 1 'bf16: wte.weight has dtype BF16, expected F32' --load bf16 --train-data text
+checkpoint model 's/"dtype":"F32",//' >no.dtype
+row 1 'no.dtype: its header is not that of a safetensors file at byte 297: expected dtype, shape and data_offsets in each tensor' --load no.dtype --train-data text
+checkpoint model 's/h.0.ln_1.weight/h.0.ln_9.weight/' >missing.tensor
+row 1 'missing.tensor: has no tensor h.0.ln_1.weight, which its configuration needs' --load missing.tensor --train-data text
+checkpoint model 's/h.0.ln_1.bias/h.0.ln_1.weight/' >twice
+row 1 'twice: two tensors named h.0.ln_1.weight' --load twice --train-data text
+checkpoint model 's/\[24,8\]/[8,24]/' >misshapen
+row 1 'misshapen: h.0.attn.c_attn.weight has 2 dimensions, 8 by 24; expected (24, 8)' --load misshapen --train-data text
+checkpoint model 's/\[24,8\]/[24,9]/' >size
+row 1 'size: h.0.attn.c_attn.weight has offsets 8256 to 9024, expected 864 bytes for its shape' --load size --train-data text
+checkpoint model 's/\[24,8\]/[4294967296,4294967296]/' >overflow
+row 1 'overflow: h.0.attn.c_attn.weight has a shape larger than any file' --load overflow --train-data text
+checkpoint model 's/\[24,8\]/[-24,8]/' >minus
+row 1 'minus: its header is not that of a safetensors file at byte 505: expected a whole number' --load minus --train-data text
+checkpoint model 's/\[0,8192\]/[32,8224]/' >gap
+row 1 'gap: wte.weight starts at byte 32 of the data, expected 0: tensors overlap or leave gaps' --load gap --train-data text
+checkpoint model 's/"data_offsets":\[8192,8224\]/"data_offsets":[8160,8192]/' >overlap
+row 1 'overlap: h.0.ln_1.weight starts at byte 8160 of the data, expected 8192: tensors overlap or leave gaps' --load overlap --train-data text
+checkpoint model 's/"data_offsets":\[0,8192\]/"data_offsets":[8192,0]/' >backwards
+row 1 'backwards: wte.weight has offsets 8192 to 0, expected 8192 bytes for its shape' --load backwards --train-data text
+checkpoint model 's/"n_layer":"1"/"n_layer":"1/' >quote
+row 1 "quote: its header is not that of a safetensors file at byte 101: expected '}'" --load quote --train-data text
+checkpoint model 's/wte.weight/w\\xte.weight/' >escape
+row 1 'escape: its header is not that of a safetensors file at byte 246: expected one of "\/bfnrtu after a backslash' --load escape --train-data text
+checkpoint model '' 40 '\000\000\300\177' >nan
+row 1 'nan: wte.weight holds nan at place 10, expected finite numbers' --load nan --train-data text
+checkpoint model '' 40 '\000\000\200\377' >infinite
+row 1 'infinite: wte.weight holds -inf at place 10, expected finite numbers' --load infinite --train-data text
+checkpoint model 's/h.0.ln_1.bias/h.0.ln_7.bias/' >unknown
+row 1 'unknown: has no tensor h.0.ln_1.bias, which its configuration needs' --load unknown --train-data text
+row 2 '--layers 2: model has 1' --load model --train-data text --layers 2
+row 2 '--attention mla: model has mha' --load model --train-data text --attention mla
+row 2 "--seq-len 9: the model's block size is 8" --load model --train-data text --seq-len 9
+row 1 "tokens: token 263, expected less than the model's vocabulary, 256: made with another tokenizer?" --load model --train-data tokens
+
+# Resuming
+
+row 1 'missing: cannot open: No such file or directory' --resume --save missing --train-data text
+row 1 "model: a model without a run's state, nothing to resume (--load starts from it)" --resume --save model --train-data text
+row 2 'run: its run had batch 2 x 1 x 8; this one has batch 3 x 1 x 8' $tiny --resume --save run --train-data text --batch-size 3 --steps 2
+row 2 'run: its run had steps 2; this one has steps 9' $tiny --resume --save run --train-data text --batch-size 2 --steps 9
+row 2 'run: its run had dropout 0; this one has dropout 0.5' $tiny --resume --save run --train-data text --batch-size 2 --steps 2 --dropout 0.5
+cat text text >text2
+row 2 'run: its run had training tokens 43; this one has training tokens 86' $tiny --resume --save run --train-data text2 --batch-size 2 --steps 2
+checkpoint run 's/"step":"2"/"step":"3"/' >step.3
+row 1 "step.3: step '3', expected a number from 0 to 2" $tiny --resume --save step.3 --train-data text --batch-size 2 --steps 2
+checkpoint run 's/"adam.v.wte.weight"/"adam.x.wte.weight"/' >no.moments
+row 1 'no.moments: has no tensor adam.v.wte.weight, which its configuration needs' $tiny --resume --save no.moments --train-data text --batch-size 2 --steps 2
+
+# Generating
+
+row 2 '--cache absorbed: attention mha has no latent, expected --cache full' --load model --generate 2 --cache absorbed
+row 2 "--prompt: 9 tokens, expected at most the model's block size, 8" --load model --generate 2 --prompt 'nine char'
+
+# Writing
+
+trained="$tiny --train-data text --steps 1 --sample-every 0"
+row 1 '.: exists and is no regular file; will not replace it' $trained --save .
+row 1 'pipe: exists and is no regular file; will not replace it' $trained --save pipe
+row 1 '/dev/null: exists and is no regular file; will not replace it' $trained --save /dev/null
+row 1 'nowhere/model: cannot write: No such file or directory' $trained --save nowhere/model
+row 1 'text: exists and is no checkpoint; will not replace it' $trained --save text
+row 1 '.: exists and is no regular file; will not replace it' $trained --log .
+row 1 'nowhere/log.csv: cannot write: No such file or directory' $trained --log nowhere/log.csv
+row 1 'text: exists and is no log of this program; will not replace it' $trained --log text
+row 1 'model: exists and is no log of this program; will not replace it' $trained --log model
+
+# Training that runs away. The checkpoint of the last good step stays, and opens.
+
+$RUN "$program" $tiny --train-data text --learning-rate 1000 --weight-decay 1000 --schedule constant --grad-clip 0 \
+    --steps 50 --sample-every 0 --save wild --save-every 1 >out 2>err
+holds "loss is NaN: exit status" [ $? = 1 ]
+holds "loss is NaN: line" grep -Eqx "train_gpt2_mla: step [0-9]+: loss (nan|inf|[0-9.]+), gradient norm -?(nan|inf) at learning rate 1000; stopped, and not saved \(a lower --learning-rate may help\)" err
+holds "loss is NaN: one line" [ "$(wc -l <err)" -eq 1 ]
+holds "loss is NaN: last good checkpoint" $RUN "$program" --load wild --eval --val-data text
+
+# Signals: the step at hand is finished and saved, and the run goes on from there as if nothing had happened.
+
+long="$tiny --train-data text --batch-size 16 --steps 500 --sample-every 0"
+$RUN "$program" $long --save whole --log whole.csv >out
+for signal in INT TERM; do
+    $RUN "$program" $long --save stopped --log stopped.csv >out 2>err &
+    until [ "$(wc -l <out)" -gt 5 ] || ! kill -0 $!; do :; done
+    kill -s $signal $!
+    wait $!
+    found=$?
+    holds "signal: exit status" [ $found = $([ $signal = INT ] && echo 130 || echo 143) ]
+    holds "signal: says where it stopped" grep -q "^stopped by signal .* --resume goes on from there" out
+    holds "signal: resumes" $RUN "$program" $long --save stopped --log stopped.csv --resume
+    holds "signal: the same model in the end" cmp whole stopped
+    cut -d, -f1-5 whole.csv >a; cut -d, -f1-5 stopped.csv >b
+    holds "signal: the same log in the end" cmp a b
+    rm stopped stopped.csv
+done
+$RUN "$program" $tiny --train-data text --steps 9 --grad-accum 65536 --save stopped >out 2>err &  # steps without end
+until grep -q threads out || ! kill -0 $!; do sleep 0.1; done
+kill -s TERM $!; sleep 0.3; kill -s TERM $!
+wait $!
+holds "second signal: ends at once" [ $? = 143 ]
+holds "second signal: nothing saved" [ ! -e stopped ]
+
+# Too little of something. What this system does not let us try is said, and counts for nothing.
+
+if (ulimit -v 300000 && OMP_NUM_THREADS=1 $RUN "$program" --help) >out 2>&1; then
+    little_memory() { (ulimit -v 300000; OMP_NUM_THREADS=1; export OMP_NUM_THREADS; "$@"); }
+    under=little_memory
+    row 1 'parameters and optimizer: 1588.3 MB of memory needed, and not to be had' --channels 1024 --layers 8 --train-data text --seq-len 8
+    row 1 'activations: 553.6 MB of memory needed, and not to be had' --channels 256 --batch-size 200 --seq-len 42 --train-data text
+    under=
+else echo "bad input: not run: little memory (this program does not start under ulimit -v 300000)"; fi
+
+mkdir full
+if unshare -rm mount -t tmpfs -o size=40k disk full 2>out; then
+    cat >little_disk <<'END'
+mount -t tmpfs -o size=$1 disk full; shift
+cp model full/model; "$@"; status=$?; cmp model full/model >&2; exit $status
+END
+    under='unshare -rm sh little_disk 40k'
+    row 1 'full/model: not written: No space left on device (a file of that name is as it was)' $tiny --train-data text --steps 1 --sample-every 0 --save full/model
+    under='unshare -rm sh little_disk 16k'
+    row 1 'full/log.csv: cannot write: No space left on device' $tiny --train-data text --steps 1 --sample-every 0 --log full/log.csv
+    under=
+else echo "bad input: not run: full disk (no right to mount one here)"; fi
+
+locked=locked; mkdir locked; chmod 555 locked
+[ -w locked ] && locked=/sys  # root may write anywhere but there
+row 1 "$locked/model: cannot write: Permission denied" $trained --save $locked/model
+row 1 "$locked/log.csv: cannot write: Permission denied" $trained --log $locked/log.csv
+
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]
