@@ -2579,6 +2579,7 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
     struct sigaction stop = {.sa_handler = on_signal, .sa_flags = SA_RESTART};  // writing a file goes on
     sigaction(SIGINT, &stop, NULL), sigaction(SIGTERM, &stop, NULL);
 
+    fflush(stdout);
     double start = seconds(), stepping = 0;  // stepping: time without validation and samples
     while (step < o->steps && !stop_signal) {
         double t0 = seconds(), loss = 0, lr = learning_rate_at(&schedule, step);
