@@ -270,7 +270,7 @@ holds "loss is NaN: last good checkpoint" $RUN "$program" --load wild --eval --v
 
 # Signals: the step at hand is finished and saved, and the run goes on from there as if nothing had happened.
 
-long="$tiny --train-data text --batch-size 16 --steps 500 --sample-every 0"
+long="$tiny --train-data text --batch-size 4 --steps 200 --sample-every 0"
 $RUN "$program" $long --save whole --log whole.csv >out
 for signal in INT TERM; do
     $RUN "$program" $long --save stopped --log stopped.csv >out 2>err &
@@ -295,7 +295,7 @@ holds "second signal: nothing saved" [ ! -e stopped ]
 
 # Too little of something. What this system does not let us try is said, and counts for nothing.
 
-if (ulimit -v 300000 && OMP_NUM_THREADS=1 $RUN "$program" --help) >out 2>&1; then
+if { (ulimit -v 300000 && OMP_NUM_THREADS=1 $RUN "$program" --help); } >out 2>&1; then
     little_memory() { (ulimit -v 300000; OMP_NUM_THREADS=1; export OMP_NUM_THREADS; "$@"); }
     under=little_memory
     row 1 'parameters and optimizer: 1588.3 MB of memory needed, and not to be had' --channels 1024 --layers 8 --train-data text --seq-len 8
