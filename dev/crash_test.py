@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Kills training again and again and checks that nothing is lost by it.
+
+    python3 dev/crash_test.py                 100 kills, some two minutes, with ./train_gpt2_mla
+    python3 dev/crash_test.py --kills 1000 --seed 7
+
+For every kind of attention a run of a small model, with dropout, validation and frequent saves, is left
+alone once. Then the same run is killed (SIGKILL) at random moments, every other time while it writes a
+checkpoint, and resumed, until it has reached its end. Its last checkpoint must be that of the undisturbed
+run byte for byte, and so must its log but for the columns that hold times. Exit status 1 if not.
+"""
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = [
+    "mha learned", "mha rope", "mha decoupled", "gqa learned", "gqa rope", "mqa learned", "mqa rope", "mla learned",
+    "mla decoupled", "mla decoupled --q-rank 0 --latent-norm rmsnorm", "mla learned --latent-norm none",
+]
+
+
+def command(kind, folder, name):
+    attention, position, *more = kind.split()
+    return [str(ROOT / "train_gpt2_mla"), "--attention", attention, "--position", position, *more,
+            *"--layers 2 --heads 4 --channels 64 --seq-len 32 --batch-size 4 --grad-accum 2 --dropout 0.1 --steps 60 "
+             "--val-every 7 --val-batches 2 --sample-every 0 --save-every 2 --train-data text --val-data text".split(),
+            "--save", f"{name}.safetensors", "--log", f"{name}.csv"]
+
+
+def log_rows(path):
+    """The log without its columns tok_per_s and seconds."""
+    return [line.split(",")[:5] for line in path.read_text().splitlines()]
+
+
+def run_killed(kind, folder, kills, draw, expected_seconds):
+    """Runs until the end with so many kills; returns kills, those during a save, and resumes."""
+    checkpoint, part = folder / "killed.safetensors", folder / "killed.safetensors.tmp"
+    killed = in_save = resumes = 0
+    while True:
+        resume = checkpoint.exists()
+        part.unlink(missing_ok=True)
+        process = subprocess.Popen(command(kind, folder, "killed") + ["--resume"] * resume, cwd=folder,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        resumes += resume
+        if killed < kills:
+            moment = time.monotonic() + draw.uniform(0, expected_seconds / 4)
+            while process.poll() is None and time.monotonic() < moment:
+                pass
+            if killed % 2:  # wait for a save, and hit it somewhere
+                while process.poll() is None and not part.exists():
+                    pass
+                moment = time.monotonic() + draw.uniform(0, 0.004)
+                while time.monotonic() < moment:
+                    pass
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+                killed += 1
+                in_save += part.exists()
+                continue
+        error = process.communicate()[1]
+        if process.returncode:
+            sys.exit(f"error: {kind}: exit status {process.returncode} after {killed} kills: {error}")
+        if killed >= kills:
+            return killed, in_save, resumes
+        checkpoint.unlink()  # it got to the end too soon: from the start again
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--kills", type=int, default=100, help="in all, at least")
+    p.add_argument("--seed", type=int, default=1)
+    args = p.parse_args()
+    draw = random.Random(args.seed)
+    each = -(-args.kills // len(KINDS))
+    totals, bad = [0, 0, 0], 0
+    for kind in KINDS:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "text").write_bytes((ROOT / "README.md").read_bytes())
+            start = time.monotonic()
+            subprocess.run(command(kind, folder, "whole"), cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            counts = run_killed(kind, folder, each, draw, time.monotonic() - start)
+            same = (folder / "whole.safetensors").read_bytes() == (folder / "killed.safetensors").read_bytes()
+            same_log = log_rows(folder / "whole.csv") == log_rows(folder / "killed.csv")
+        bad += not (same and same_log)
+        totals = [a + b for a, b in zip(totals, counts)]
+        print(f"{kind:<48} {counts[0]} kills, {counts[1]} of them during a save, {counts[2]} resumes: "
+              f"checkpoint {'identical' if same else 'DIFFERS'}, log {'identical' if same_log else 'DIFFERS'}", flush=True)
+    print(f"{totals[0]} kills, {totals[1]} of them during a save, {totals[2]} resumes, {bad} runs that differ")
+    sys.exit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()
