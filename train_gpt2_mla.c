@@ -622,7 +622,7 @@ static void few_dots(real *c, const real *x, Mat b, int N, int K, const real *st
 }
 
 // c (M, N) = start + a b for a few rows within one thread; a's numbers are adjacent within a row. b's rows are
-// contiguous (in panels if NR apart) or its columns are.
+// contiguous (rows NR apart are those of panels, or of a single one, which is the same), or its columns are.
 static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
     if (b.col == 1) multiply_rows(c, c_row, a, b.p, b.row, b.row == NR ? (long)K * NR : NR, M, N, K, start, start_row);
     else if (M == 1) few_dots(c, a.p, b, N, K, start);
@@ -639,26 +639,24 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, c
 
 enum { FEW = 16, COLUMNS = 64 };  // rows that are few; columns to a piece of work for them
 
-// matmul for few rows: threads share out the columns of c, and the panels of a.
+// matmul for few rows: threads share out the columns of c, and the panels of a, which b_shared holds.
 static void matmul_thin(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
-    int deep = NC * KC / (FEW + VW);  // b_shared holds a (FEW, deep) in panels
     #pragma omp parallel
-    for (int k0 = 0; k0 < K; k0 += deep) {
-        int kc = min_int(deep, K - k0);
+    {
         if (M > 1) {
             #pragma omp for
-            for (int k = 0; k < kc; k += COLUMNS)
+            for (int k = 0; k < K; k += COLUMNS)
                 for (int m = 0; m < M; m += VW)
-                    pack(b_shared + (long)m * kc + k * VW, a.p + m * a.row + k0 + k, a.row, 1, min_int(VW, M - m),
-                         min_int(COLUMNS, kc - k), VW);
+                    pack(b_shared + (long)m * K + k * VW, a.p + m * a.row + k, a.row, 1, min_int(VW, M - m),
+                         min_int(COLUMNS, K - k), VW);
         }
         #pragma omp for
         for (int j = 0; j < N; j += COLUMNS) {
-            Mat columns = {b.p + j * b.col + k0, 1, b.col};
+            Mat columns = {b.p + j * b.col, 1, b.col};
             int n = min_int(COLUMNS, N - j);
-            const real *s = k0 ? c + j : start ? start + j : NULL;
-            if (M > 1) few_by_columns(c + j, c_row, b_shared, columns, M, n, kc, s, k0 ? c_row : start_row);
-            else few_dots(c + j, a.p + k0, columns, n, kc, s);
+            const real *s = start ? start + j : NULL;
+            if (M > 1) few_by_columns(c + j, c_row, b_shared, columns, M, n, K, s, start_row);
+            else few_dots(c + j, a.p, columns, n, K, s);
         }
     }
 }
@@ -667,7 +665,7 @@ static void matmul_thin(real *c, long c_row, Mat a, Mat b, int M, int N, int K, 
 // tile. Blocks of c's rows are the unit of work.
 static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start,
                    long start_row) {
-    if (M <= FEW && a.col == 1 && b.row == 1) {
+    if (M <= FEW && a.col == 1 && b.row == 1 && K <= NC * KC / (FEW + VW)) {
         matmul_thin(c, c_row, a, b, M, N, K, start, start_row);
         return;
     }
@@ -1707,12 +1705,6 @@ typedef struct {
     int largest;  // token
 } Data;
 
-static void data_set_text(Data *d, const unsigned char *bytes, size_t size) {
-    d->n = size;
-    d->tokens = allocate(size * sizeof *d->tokens, d->path);
-    for (size_t i = 0; i < size; i++) d->tokens[i] = bytes[i];
-}
-
 static Data data_load(const char *path) {
     enum { HEADER = 1024, MAGIC = 20240520 };
     Data d = {.path = path};
@@ -1734,34 +1726,14 @@ static Data data_load(const char *path) {
         if (zero)
             fail(1, "%s: neither tokens (first number %d, expected %d) nor text (a zero byte at offset %ld)", path,
                  header[0], MAGIC, (long)(zero - bytes));
-        data_set_text(&d, bytes, size);
+        d.n = size;
+        d.tokens = allocate(size * sizeof *d.tokens, path);
+        for (size_t i = 0; i < size; i++) d.tokens[i] = bytes[i];
     }
     free(bytes);
     if (d.n < 2) fail(1, "%s: %ld tokens, expected at least 2", path, d.n);
     for (long i = 0; i < d.n; i++) d.largest = max_int(d.largest, d.tokens[i]);
     return d;
-}
-
-// With no data prepared: this repository's own text, its last tenth for validation.
-static void data_own_text(Data *train, Data *val) {
-    static const char *const files[] = {"train_gpt2_mla.c", "doc/writeup.md", "test_mla.c", "README.md"};
-    size_t total = 0, size;
-    unsigned char *all = NULL;
-    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
-        if (access(files[i], R_OK)) continue;
-        unsigned char *bytes = read_file(files[i], &size);
-        if (!(all = realloc(all, total + size))) fail(1, "%s: no memory for its %zu bytes", files[i], size);
-        memcpy(all + total, bytes, size);
-        total += size;
-        free(bytes);
-    }
-    if (total < 10000)
-        fail(1, "no data: run this in the repository, run `make shakespeare` first, or name a text with --train-data (--eval: --val-data) FILE");
-    *train = (Data){.path = "the repository's own text", .largest = 255};
-    *val = *train;
-    data_set_text(train, all, total - total / 10);
-    data_set_text(val, all + total - total / 10, total / 10);
-    free(all);
 }
 
 // --- Tokenizer: llm.c's format (256 uint32: 20240328, version, vocabulary, end of text; then for
@@ -1956,25 +1928,6 @@ enum { CONFIG_KEYS = sizeof config_keys / sizeof *config_keys };
 
 // --- Writing
 
-typedef struct {
-    char *text;
-    size_t length, room;
-} Text;
-
-static void text_add(Text *t, const char *format, ...) {
-    char piece[1024];
-    va_list args;
-    va_start(args, format);
-    size_t n = vsnprintf(piece, sizeof piece, format, args);
-    va_end(args);
-    if (t->length + n + 1 > t->room) {
-        t->room = 2 * (t->room + sizeof piece);
-        if (!(t->text = realloc(t->text, t->room))) fail(1, "checkpoint header: no memory for %zu bytes", t->room);
-    }
-    memcpy(t->text + t->length, piece, n + 1);
-    t->length += n;
-}
-
 static const char *const part_prefix[] = {"", "adam.m.", "adam.v."};
 
 static real *part_of(const Model *m, int part) { return part == 0 ? m->params : part == 1 ? m->adam_m : m->adam_v; }
@@ -2010,32 +1963,34 @@ static void check_checkpoint_writable(const char *path) { check_writable(path, "
 // done, and the options that shape the run, in words. Data and randomness follow from step and seed.
 static void checkpoint_save(const Model *m, const char *path, long step, const char *settings) {
     check_checkpoint_writable(path);
-    Text head = {0};
-    size_t at = 0, ok;
-    int parts = settings ? 3 : 1;
-    text_add(&head, "{\"__metadata__\":{\"format\":\"train_gpt2_mla\"");
-    for (const ConfigKey *k = config_keys; k < config_keys + CONFIG_KEYS; k++) {
-        int value = *(const int *)((const char *)&m->c + k->offset);
-        if (k->names) text_add(&head, ",\"%s\":\"%s\"", k->key, k->names[value]);
-        else text_add(&head, ",\"%s\":\"%d\"", k->key, value);
-    }
-    if (settings) text_add(&head, ",\"step\":\"%ld\",\"settings\":\"%s\"", step, settings);
-    text_add(&head, "}");
-    for (int part = 0; part < parts; part++)
-        for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
-            text_add(&head, ",\"%s%s\":{\"dtype\":\"F32\",\"shape\":[%d", part_prefix[part], t->name, t->rows);
-            if (t->cols) text_add(&head, ",%d", t->cols);
-            text_add(&head, "],\"data_offsets\":[%zu,%zu]}", at, at + 4 * t->size);
-            at += 4 * t->size;
-        }
-    text_add(&head, "}");
-    while (head.length % 8) text_add(&head, " ");  // so that the data is aligned
-
     char *temporary = temporary_name(path);
     FILE *f = fopen(temporary, "wb");
     if (!f) fail(1, "%s: cannot write: %s", temporary, strerror(errno));
-    uint64_t length = head.length;
-    ok = fwrite(&length, 8, 1, f) == 1 && fwrite(head.text, 1, head.length, f) == head.length;
+    int parts = settings ? 3 : 1, ok = 1;
+    size_t at = 0;
+    uint64_t length = 0;
+    fwrite(&length, 8, 1, f);  // known only after the header
+    fprintf(f, "{\"__metadata__\":{\"format\":\"train_gpt2_mla\"");
+    for (const ConfigKey *k = config_keys; k < config_keys + CONFIG_KEYS; k++) {
+        int value = *(const int *)((const char *)&m->c + k->offset);
+        if (k->names) fprintf(f, ",\"%s\":\"%s\"", k->key, k->names[value]);
+        else fprintf(f, ",\"%s\":\"%d\"", k->key, value);
+    }
+    if (settings) fprintf(f, ",\"step\":\"%ld\",\"settings\":\"%s\"", step, settings);
+    fprintf(f, "}");
+    for (int part = 0; part < parts; part++)
+        for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
+            fprintf(f, ",\"%s%s\":{\"dtype\":\"F32\",\"shape\":[%d", part_prefix[part], t->name, t->rows);
+            if (t->cols) fprintf(f, ",%d", t->cols);
+            fprintf(f, "],\"data_offsets\":[%zu,%zu]}", at, at + 4 * t->size);
+            at += 4 * t->size;
+        }
+    fprintf(f, "}");
+    while (ftell(f) % 8) fputc(' ', f);  // so that the data is aligned
+    length = ftell(f) - 8;
+    rewind(f);
+    fwrite(&length, 8, 1, f);
+    fseek(f, 0, SEEK_END);
     for (int part = 0; part < parts; part++)
         for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++)
             for (size_t k = 0; ok && k < t->size;) {
@@ -2045,14 +2000,14 @@ static void checkpoint_save(const Model *m, const char *path, long step, const c
                 ok = fwrite(piece, 4, n, f) == n;
                 k += n;
             }
-    ok = ok && !fflush(f) && !fsync(fileno(f));
+    ok = ok && !ferror(f) && !fflush(f) && !fsync(fileno(f));
     int error = errno;
     if (fclose(f) || !ok || rename(temporary, path)) {
         if (ok) error = errno;
         unlink(temporary);
         fail(1, "%s: not written: %s (a file of that name is as it was)", path, strerror(error));
     }
-    free(temporary), free(head.text);
+    free(temporary);
 }
 
 // --- Reading. The header's few forms are parsed where they stand; strings are unescaped in place.
@@ -2542,25 +2497,18 @@ static void on_signal(int number) {
 
 static const char log_header[] = "step,loss,lr,grad_norm,val_loss,tok_per_s,seconds\n";
 
-// Opens the log. A resumed run keeps the header and the rows of the steps that are done; the file is
-// replaced when that is written, so that an accident loses nothing.
+// Opens the log. A resumed run keeps the header and the rows of the steps that are done, and appends to them.
 static FILE *log_open(const char *path, long done) {
-    size_t size = 0, kept = 0;
-    unsigned char *old = done && !access(path, F_OK) ? read_file(path, &size) : NULL;
-    for (long row = 0; row <= done && kept < size; row++) {
-        if (row && atol((char *)old + kept) > done) break;  // a log that began later
-        unsigned char *end = memchr(old + kept, '\n', size - kept);
-        if (!end) break;
-        kept = end + 1 - old;
-    }
+    char row[256];
+    long kept = 0;
     check_writable(path, "log of this program", log_header, 0);
-    char *name = temporary_name(path);
-    FILE *f = fopen(name, "wb");
-    if (!f) fail(1, "%s: cannot write: %s", name, strerror(errno));
-    if (kept) fwrite(old, 1, kept, f);
-    else fputs(log_header, f);
-    if (fflush(f) || ferror(f) || rename(name, path)) fail(1, "%s: cannot write: %s", path, strerror(errno));
-    free(old), free(name);
+    FILE *f = fopen(path, done ? "a+b" : "wb");
+    if (!f) fail(1, "%s: cannot write: %s", path, strerror(errno));
+    if (done) rewind(f);
+    while (done && fgets(row, sizeof row, f) && strchr(row, '\n') && (kept == 0 || atol(row) <= done)) kept = ftell(f);
+    if (!kept) fputs(log_header, f);
+    else if (ftruncate(fileno(f), kept)) fail(1, "%s: cannot write: %s", path, strerror(errno));
+    if (fflush(f)) fail(1, "%s: cannot write: %s", path, strerror(errno));
     return f;
 }
 
@@ -2847,7 +2795,7 @@ int main(int argc, char **argv) {
     if (opt.save_every && !opt.save) fail(2, "--save-every: expected --save FILE too");
     if (opt.batch_size == -1) opt.batch_size = generating ? 1 : 8;
 
-    // Data: what was named, else tinyshakespeare if prepared, else this repository's own text.
+    // Data: what was named, else tinyshakespeare if prepared, else this program's own text.
     static const char prepared[] = "data/tinyshakespeare_train.bin";
     Data train_data = {0}, val_data = {0};
     if (!opt.train_data && !opt.val_data && !access(prepared, R_OK))
@@ -2858,8 +2806,11 @@ int main(int argc, char **argv) {
     if (generating || (training && opt.steps == 0 && !opt.train_data)) {
         // no data needed
     } else if (!opt.train_data && !opt.val_data) {
-        data_own_text(&train_data, &val_data);
-        printf("No data prepared: using this repository's own text, byte by byte. For Shakespeare: make shakespeare\n");
+        if (access("train_gpt2_mla.c", R_OK) || access("test_mla.c", R_OK))
+            fail(1, "no data: run this in the repository, run `make shakespeare` first, or name a text with --train-data (--eval: "
+                 "--val-data) FILE");
+        train_data = data_load("train_gpt2_mla.c"), val_data = data_load("test_mla.c");
+        printf("No data prepared: learning this program's own text, byte by byte. For Shakespeare: make shakespeare\n");
     } else {
         if (training) train_data = data_load(opt.train_data);
         if (opt.val_data) val_data = data_load(opt.val_data);
