@@ -2270,7 +2270,7 @@ static void checkpoint_read_model(const Checkpoint *k, Model *m, int moments) {
 static void place_cache(const Model *m, Cache *cache, Arena *arena) {
     const Config *c = &m->c;
     size_t B = cache->B, NH = c->NH, chunks = (cache->capacity + CHUNK - 1) / CHUNK, threads = omp_get_max_threads();
-    cache->layers = take(arena, cache->layer_size * c->L);
+    cache->layers = take(arena, cache->layer_size * c->L + NR);  // tiles may read past the last row
     cache->parts = take(arena, B * NH * chunks * (max_int(c->HS, c->R) + 2));
     cache->scores = take(arena, threads * NH * CHUNK);
     cache->q_lat = take(arena, cache->mode == CACHE_ABSORBED ? B * NH * (c->R + c->HS - c->NOPE) : 0);

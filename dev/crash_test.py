@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Kills training again and again and checks that nothing is lost by it.
 
-    python3 dev/crash_test.py                 100 kills, some two minutes, with ./train_gpt2_mla
+    python3 dev/crash_test.py                 100 kills, half a minute, with ./train_gpt2_mla
     python3 dev/crash_test.py --kills 1000 --seed 7
 
 For every kind of attention a run of a small model, with dropout, validation and frequent saves, is left
-alone once. Then the same run is killed (SIGKILL) at random moments, every other time while it writes a
-checkpoint, and resumed, until it has reached its end. Its last checkpoint must be that of the undisturbed
+alone once. Then the same run is killed (SIGKILL) at random moments, three times in four soon after it began
+to write a checkpoint, and resumed, until it has reached its end. Its last checkpoint must be that of the undisturbed
 run byte for byte, and so must its log but for the columns that hold times. Exit status 1 if not.
 """
 
@@ -28,7 +28,7 @@ KINDS = [
 def command(kind, folder, name):
     attention, position, *more = kind.split()
     return [str(ROOT / "train_gpt2_mla"), "--attention", attention, "--position", position, *more,
-            *"--layers 2 --heads 4 --channels 64 --seq-len 32 --batch-size 4 --grad-accum 2 --dropout 0.1 --steps 60 "
+            *"--layers 2 --heads 4 --channels 128 --seq-len 32 --batch-size 4 --grad-accum 2 --dropout 0.1 --steps 60 "
              "--val-every 7 --val-batches 2 --sample-every 0 --save-every 2 --train-data text --val-data text".split(),
             "--save", f"{name}.safetensors", "--log", f"{name}.csv"]
 
@@ -49,13 +49,15 @@ def run_killed(kind, folder, kills, draw, expected_seconds):
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         resumes += resume
         if killed < kills:
-            moment = time.monotonic() + draw.uniform(0, expected_seconds / 4)
+            while process.poll() is None and not checkpoint.exists():  # so that every kill is followed by a resume
+                pass
+            moment = time.monotonic() + draw.uniform(0, expected_seconds / 5)
             while process.poll() is None and time.monotonic() < moment:
                 pass
-            if killed % 2:  # wait for a save, and hit it somewhere
+            if killed % 4:  # wait for a save, and hit it somewhere
                 while process.poll() is None and not part.exists():
                     pass
-                moment = time.monotonic() + draw.uniform(0, 0.004)
+                moment = time.monotonic() + draw.uniform(0, 0.002)
                 while time.monotonic() < moment:
                     pass
             if process.poll() is None:

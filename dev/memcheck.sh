@@ -37,7 +37,7 @@ all_kinds() {
 
 [ "$(uname -m)" = x86_64 ] && arch='-mavx2 -mfma'  # valgrind does not know AVX-512
 flags='-g -O1 -std=c11 -ffp-contract=fast -Wno-unknown-pragmas'
-export OMP_NUM_THREADS=2
+export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive  # waiting threads leave the processor to others
 
 gcc $flags $arch -fopenmp "$program" -o program -lm || exit 1
 name=valgrind under='valgrind -q --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite,indirect'
