@@ -4,11 +4,11 @@
 # make profile     where the time of a training step goes; ./step_profile takes the trainer's options
 # make shakespeare tinyshakespeare for the default run (needs Python and a network)
 # make sanitize    the tests again under address and undefined-behaviour sanitizers
-# make fuzz        a million inputs for everything that reads files, prompts and options (clang; half an hour)
+# make fuzz        a million inputs for everything that reads files, prompts and options (clang; ten minutes)
 # make clean
 #
-# make test RUN=qemu-aarch64 with CC=aarch64-linux-gnu-gcc ARCH= LDLIBS="-lm -static": on another processor, emulated
-# make CC=clang, make OMP= (without OpenMP), make ARCH= (for any processor of this kind).
+# make CC=clang, make OMP= (without OpenMP), make ARCH= (for any processor of this kind). For another one, emulated:
+# make test CC=aarch64-linux-gnu-gcc ARCH= LDLIBS="-lm -static" RUN=qemu-aarch64
 
 CC     ?= cc
 # Of -ffast-math only what lets square roots and comparisons become vector instructions: NaN and

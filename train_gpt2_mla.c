@@ -574,9 +574,10 @@ static void multiply_blocks(real *c, long c_row, Mat a, long a_panel, const real
         }
 }
 
-static void multiply_rows(real *c, long c_row, Mat a, const real *b, long b_row, long panel, int M, int N, int K,
-                          const real *start, long start_row) {
-    multiply_blocks(c, c_row, a, MR * a.row, b, b_row, panel, M, N, K, start, start_row);
+// The same with a as it lies and b in panels that are `depth` >= K rows deep.
+static void multiply_panels(real *c, long c_row, Mat a, const real *b, long depth, int M, int N, int K, const real *start,
+                            long start_row) {
+    multiply_blocks(c, c_row, a, MR * a.row, b, NR, depth * NR, M, N, K, start, start_row);
 }
 
 // --- A few rows: what decoding does all the time
@@ -624,7 +625,8 @@ static void few_dots(real *c, const real *x, Mat b, int N, int K, const real *st
 // c (M, N) = start + a b for a few rows within one thread; a's numbers are adjacent within a row. b's rows are
 // contiguous (rows NR apart are those of panels, or of a single one, which is the same), or its columns are.
 static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
-    if (b.col == 1) multiply_rows(c, c_row, a, b.p, b.row, b.row == NR ? (long)K * NR : NR, M, N, K, start, start_row);
+    long panel = b.row == NR ? (long)K * NR : NR;
+    if (b.col == 1) multiply_blocks(c, c_row, a, MR * a.row, b.p, b.row, panel, M, N, K, start, start_row);
     else if (M == 1) few_dots(c, a.p, b, N, K, start);
     else
         for (int m = 0; m < M; m += VW)
@@ -685,7 +687,8 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
                 long s_row = k0 ? c_row : start_row;
                 const real *s0 = k0 ? c0 : start ? start + i0 * start_row + j0 : NULL;
                 pack(a_panels, a.p + i0 * a.row + k0 * a.col, a.row, a.col, mc, kc, MR);
-                multiply_blocks(c0, c_row, (Mat){a_panels, 1, MR}, (long)MR * kc, b_shared, NR, (long)kc * NR, mc, nc, kc, s0, s_row);
+                multiply_blocks(c0, c_row, (Mat){a_panels, 1, MR}, (long)MR * kc, b_shared, NR, (long)kc * NR, mc, nc, kc,
+                                s0, s_row);
             }
         }
 }
@@ -1028,7 +1031,7 @@ static void attention_forward(const Model *m, const Heads *a, View out, real *ls
                 for (int i0 = i1; i0 < end; i0 += STRIP) {
                     int rows = min_int(STRIP, T - i0), keys = i0 + rows;
                     real sums[STRIP];
-                    multiply_rows(r.p, r.row, tokens_of(a->q, first + i0, h), r.kt, NR, (long)K * NR, rows, keys, K, NULL, 0);
+                    multiply_panels(r.p, r.row, tokens_of(a->q, first + i0, h), r.kt, K, rows, keys, K, NULL, 0);
                     for (int i = 0; i < rows; i++) {
                         int seen = i0 + i + 1;  // keys 0 .. i0+i
                         real *pi = r.p + i * r.row, max = largest(pi, seen);
@@ -1036,8 +1039,7 @@ static void attention_forward(const Model *m, const Heads *a, View out, real *ls
                         for (int j = seen; j < keys; j++) pi[j] = 0;
                         lse[(first + i0 + i) * a->heads + h] = scale * max + (real)log(sums[i]);
                     }
-                    multiply_rows(element(out, first + i0, h), out.token, rows_of(r.p, r.row), r.v, NR, (long)end * NR, rows,
-                                  V, keys, NULL, 0);
+                    multiply_panels(element(out, first + i0, h), out.token, rows_of(r.p, r.row), r.v, end, rows, V, keys, NULL, 0);
                     for (int i = 0; i < rows; i++)
                         for (int e = 0; e < V; e++) element(out, first + i0 + i, h)[e] *= 1 / sums[i];
                 }
@@ -1070,8 +1072,8 @@ static void attention_backward(const Model *m, const Heads *a, const Heads *d, V
                 for (int i0 = 0; i0 < T; i0 += STRIP) {
                     int rows = min_int(STRIP, T - i0), keys = i0 + rows;
                     long q0 = first + i0;
-                    multiply_rows(r.p, r.row, tokens_of(a->q, q0, h), r.kt, NR, (long)K * NR, rows, keys, K, NULL, 0);
-                    multiply_rows(r.ds, r.row, tokens_of(d_out, q0, h), r.vt, NR, (long)V * NR, rows, keys, V, NULL, 0);
+                    multiply_panels(r.p, r.row, tokens_of(a->q, q0, h), r.kt, K, rows, keys, K, NULL, 0);
+                    multiply_panels(r.ds, r.row, tokens_of(d_out, q0, h), r.vt, V, rows, keys, V, NULL, 0);
                     for (int i = 0; i < rows; i++) {
                         real *pi = r.p + i * r.row, *dsi = r.ds + i * r.row, D = 0;
                         const real *o = element(out, q0 + i, h), *d_o = element(d_out, q0 + i, h);
@@ -1088,9 +1090,9 @@ static void attention_backward(const Model *m, const Heads *a, const Heads *d, V
                     }
                     pack(r.q, element(a->q, q0, h), 1, a->q.token, K, rows, NR);
                     pack(r.d_out, element(d_out, q0, h), 1, d_out.token, V, rows, NR);
-                    multiply_rows(dv, d->v.token, transposed(r.p, r.row), r.d_out, NR, (long)rows * NR, keys, V, rows, dv, d->v.token);
-                    multiply_rows(element(d->q, q0, h), d->q.token, rows_of(r.ds, r.row), r.k, NR, (long)T * NR, rows, K, keys, NULL, 0);
-                    multiply_rows(r.dk, K, transposed(r.ds, r.row), r.q, NR, (long)rows * NR, keys, K, rows, r.dk, K);
+                    multiply_panels(dv, d->v.token, transposed(r.p, r.row), r.d_out, rows, keys, V, rows, dv, d->v.token);
+                    multiply_panels(element(d->q, q0, h), d->q.token, rows_of(r.ds, r.row), r.k, T, rows, K, keys, NULL, 0);
+                    multiply_panels(r.dk, K, transposed(r.ds, r.row), r.q, rows, keys, K, rows, r.dk, K);
                 }
             for (int t = 0; t < T; t++) {
                 memcpy(element(d->k, first + t, g), r.dk + t * K, a->nope * sizeof(real));
@@ -1136,7 +1138,7 @@ static void attention_decode(const Model *m, const Heads *a, View out, int B, in
                 if (a->decompress) {  // (21), transposed: k' (nope, n) above v' (value, n)
                     int rows = a->nope + value, R = a->k.token;
                     real *kv = m->cache->kv + (long)omp_get_thread_num() * rows * CHUNK;
-                    multiply_rows(kv, CHUNK, rows_of(a->decompress + (long)g * rows * R, R), k.p, NR, (long)R * NR, rows, n, R, NULL, 0);
+                    multiply_panels(kv, CHUNK, rows_of(a->decompress + (long)g * rows * R, R), k.p, R, rows, n, R, NULL, 0);
                     k = rows_of(kv, CHUNK), v = transposed(kv + a->nope * CHUNK, CHUNK);
                 }
                 matmul_few(s, CHUNK, q, k, group, n, a->nope, NULL, 0);
@@ -1281,7 +1283,8 @@ static Heads cache_heads(const Model *m, int l) {  // views of layer l's cache, 
     const Config *c = &m->c;
     const Cache *cache = m->cache;
     int latent = cache->mode == CACHE_LATENT, k = latent ? c->R : c->NOPE, rope = c->HS - c->NOPE;
-    long capacity = cache->capacity, keys = capacity * k * (latent ? 1 : c->NKV), values = latent ? 0 : capacity * c->NKV * c->HS;
+    long capacity = cache->capacity, keys = capacity * k * (latent ? 1 : c->NKV);
+    long values = latent ? 0 : capacity * c->NKV * c->HS;
     real *base = cache->layers + l * cache->layer_size;
     return (Heads){.heads = c->NH, .kv_heads = c->NKV, .nope = c->NOPE, .rope = rope, .value = c->HS, .panels = 1,
                    .k = {base, k, latent ? 0 : capacity * k}, .k_sequence = keys,
@@ -1945,7 +1948,8 @@ static void check_writable(const char *path, const char *kind, const char *like,
     struct stat st;
     if (!stat(path, &st) && !S_ISREG(st.st_mode)) fail(1, "%s: exists and is no regular file; will not replace it", path);
     FILE *old = fopen(path, "rb");
-    if (old && fread(found, 1, 1, old) && (fseek(old, at, SEEK_SET) || !fread(found, 1, strlen(like), old) || strcmp(found, like)))
+    if (old && fread(found, 1, 1, old) &&  // not empty
+        (fseek(old, at, SEEK_SET) || !fread(found, 1, strlen(like), old) || strcmp(found, like)))
         fail(1, "%s: exists and is no %s; will not replace it", path, kind);
     if (old) fclose(old);
     char *name = temporary_name(path);
@@ -2348,7 +2352,6 @@ static int sample_token(real *logits, real *scratch, int V, const Sampling *how,
 }
 
 typedef struct {
-    int tokens;                        // generated for each sequence
     double prompt_seconds, seconds;    // reading the prompt, making the rest
 } Generation;
 
@@ -2373,7 +2376,6 @@ static Generation generate(Model *m, Cache *cache, const int *prompt, int n_prom
             tokens[b] = sample_token(logits + (long)b * V, scratch, V, how, u);
             if (out) out[(long)b * n + i] = tokens[b];
         }
-        g.tokens++;
         if (tokenizer) {
             if (tokens[0] < tokenizer->V) print_token(tokenizer, tokens[0]);
             fflush(stdout);
@@ -2407,11 +2409,13 @@ static void generate_command(Model *m, const Options *o, const Tokenizer *tokeni
     const char *text = o->prompt ? o->prompt : "";
     int mode = o->cache == -1 ? cache_mode(c) : o->cache, B = o->batch_size;
     if (mode != CACHE_FULL && c->attention != MLA)
-        fail(2, "--cache %s: attention %s has no latent, expected --cache full", cache_names[mode], attention_names[c->attention]);
+        fail(2, "--cache %s: attention %s has no latent, expected --cache full", cache_names[mode],
+             attention_names[c->attention]);
     int *prompt = allocate((strlen(text) + 1) * sizeof(int), "prompt");
     long n_prompt = encode(tokenizer, (const unsigned char *)text, strlen(text), prompt);
     if (n_prompt == 0) prompt[n_prompt++] = tokenizer->eot;
-    if (n_prompt > c->block_size) fail(2, "--prompt: %ld tokens, expected at most the model's block size, %d", n_prompt, c->block_size);
+    if (n_prompt > c->block_size)
+        fail(2, "--prompt: %ld tokens, expected at most the model's block size, %d", n_prompt, c->block_size);
     int capacity = o->generate < c->block_size - n_prompt ? n_prompt + o->generate : c->block_size;
     int n = min_int(o->generate, capacity - n_prompt + 1);
     int *out = allocate(sizeof(int) * B * (n + 1), "generated tokens");
@@ -2424,16 +2428,16 @@ static void generate_command(Model *m, const Options *o, const Tokenizer *tokeni
     Generation g = generate(m, cache, prompt, n_prompt, n, &how, o->seed, tokenizer, out);
     for (int b = 1; b < B; b++) {
         printf("\n--- %d\n%s", b + 1, text);
-        for (int i = 0; i < g.tokens; i++)
+        for (int i = 0; i < n; i++)
             if (out[(long)b * n + i] < tokenizer->V) print_token(tokenizer, out[(long)b * n + i]);
     }
     if (n < o->generate) printf("\n[stopped: the model's block size, %d tokens, is full]", c->block_size);
     long floats = cache_floats(c, mode), mha = 2L * c->L * c->C;
     double tokens = (double)B * capacity, MB = sizeof(real) / 1e6;
-    printf("\n\nprompt %ld tokens x %d, %.0f tok/s | decoded %d tokens x %d, %.0f tok/s\n", n_prompt, B, n_prompt * B / g.prompt_seconds,
-           g.tokens, B, g.tokens > 1 ? (g.tokens - 1) * B / g.seconds : 0.0);
-    printf("cache %s: %ld floats per token, %.2f MB in all | MHA: %ld floats per token, %.2f MB in all\n", cache_names[mode], floats,
-           floats * tokens * MB, mha, mha * tokens * MB);
+    printf("\n\nprompt %ld tokens x %d, %.0f tok/s | decoded %d tokens x %d, %.0f tok/s\n", n_prompt, B,
+           n_prompt * B / g.prompt_seconds, n, B, n > 1 ? (n - 1) * B / g.seconds : 0.0);
+    printf("cache %s: %ld floats per token, %.2f MB in all | MHA: %ld floats per token, %.2f MB in all\n", cache_names[mode],
+           floats, floats * tokens * MB, mha, mha * tokens * MB);
     cache_free(cache);
     free(prompt), free(out);
 }
@@ -2539,8 +2543,8 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
         }
         double norm = gradient_norm(m);
         if (!isfinite(loss) || !isfinite(norm))
-            fail(1, "step %ld: loss %f, gradient norm %f at learning rate %g; stopped, and not saved (a lower --learning-rate may help)",
-                 step + 1, fabs(loss), norm, lr);
+            fail(1, "step %ld: loss %f, gradient norm %f at learning rate %g; stopped, and not saved (a lower --learning-rate "
+                 "may help)", step + 1, fabs(loss), norm, lr);
         adamw_update(m, &o->adam, lr, step + 1, clip_scale(norm, o->grad_clip));
         step++;
 
@@ -2597,8 +2601,9 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
 static Options opt = {
     .config = {.attention = -1, .position = -1, .latent_norm = -1, .L = -1, .NH = -1, .NKV = -1, .C = -1,
                .block_size = -1, .V = -1, .RQ = -1, .R = -1, .RD = -1},
-    .seq_len = -1, .batch_size = -1, .generate = -1, .temperature = 0.8, .cache = -1, .grad_accum = 1, .steps = 4000, .learning_rate = 4e-3, .warmup = -1, .min_lr = -1,
-    .grad_clip = 1, .seed = 1337, .val_every = 500, .val_batches = 20, .sample_every = 1000,
+    .seq_len = -1, .batch_size = -1, .grad_accum = 1, .steps = 4000, .learning_rate = 4e-3, .warmup = -1, .min_lr = -1,
+    .grad_clip = 1, .seed = 1337, .val_every = 500, .val_batches = 20, .sample_every = 1000, .generate = -1, .temperature = 0.8,
+    .cache = -1,
     .adam = {.beta1 = 0.9, .beta2 = 0.99, .eps = 1e-8, .weight_decay = 0.1},
 };
 
@@ -2738,17 +2743,19 @@ static const char *tokenizer_beside(const char *data) {
 
 static void check_data(const Data *d, const Model *m, long needed) {
     if (d->largest >= m->c.V)
-        fail(1, "%s: token %d, expected less than the model's vocabulary, %d: made with another tokenizer?", d->path, d->largest, m->c.V);
+        fail(1, "%s: token %d, expected less than the model's vocabulary, %d: made with another tokenizer?", d->path,
+             d->largest, m->c.V);
     if (d->n < needed) fail(1, "%s: %ld tokens, expected at least %ld for a batch", d->path, d->n, needed);
 }
 
 // The options that shape a run, in words, once all defaults are chosen.
 static const char *settings(long training_tokens) {
     static char text[900];
-    snprintf(text, sizeof text, "training tokens %ld, order %s, batch %d x %d x %d, steps %ld, %s schedule: warmup %ld, lr %g to %g, decay %g, betas %g "
-             "%g, eps %g, clip %g, dropout %g, seed %ld", training_tokens, order_names[opt.order], opt.batch_size, opt.grad_accum,
-             opt.seq_len, opt.steps, schedule_names[opt.schedule], opt.warmup, opt.learning_rate, opt.min_lr, opt.adam.weight_decay,
-             opt.adam.beta1, opt.adam.beta2, opt.adam.eps, opt.grad_clip, opt.dropout, opt.seed);
+    const Options *o = &opt;
+    snprintf(text, sizeof text, "training tokens %ld, order %s, batch %d x %d x %d, steps %ld, %s schedule: warmup %ld, lr %g to %g, "
+             "decay %g, betas %g %g, eps %g, clip %g, dropout %g, seed %ld", training_tokens, order_names[o->order], o->batch_size,
+             o->grad_accum, o->seq_len, o->steps, schedule_names[o->schedule], o->warmup, o->learning_rate, o->min_lr,
+             o->adam.weight_decay, o->adam.beta1, o->adam.beta2, o->adam.eps, o->grad_clip, o->dropout, o->seed);
     return text;
 }
 
@@ -2854,7 +2861,8 @@ int main(int argc, char **argv) {
         size_t same = 0;  // up to the first setting that differs
         for (size_t i = 0; was[i] && was[i] == is[i]; i++) if (was[i] == ' ' && i && was[i - 1] == ',') same = i + 1;
         was += same, is += same;
-        if (strcmp(was, is)) fail(2, "%s: its run had %.*s; this one has %.*s", opt.save, (int)strcspn(was, ","), was, (int)strcspn(is, ","), is);
+        if (strcmp(was, is))
+            fail(2, "%s: its run had %.*s; this one has %.*s", opt.save, (int)strcspn(was, ","), was, (int)strcspn(is, ","), is);
         char *end;
         done = strtol(step, &end, 10);
         if (end == step || *end || done < 0 || done > opt.steps)
