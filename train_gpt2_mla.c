@@ -495,6 +495,7 @@ static inline void tile(const int rows, const int vectors, int K, const real *a,
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < vectors; j++)
             acc[i][j] = start ? *(const vec *)(start + i * start_row + j * VW) : (vec){0};
+    #pragma GCC unroll 2
     for (int k = 0; k < K; k++, a += a_step, b += b_row) {
         vec b0 = *(const vec *)b, b1 = *(const vec *)(b + (vectors - 1) * VW);
         #pragma GCC unroll 8
