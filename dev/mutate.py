@@ -448,6 +448,21 @@ MUTATIONS = [
     ("sample_token", "u * sum", "u", "probabilities not normalized"),
     ("sample_token", "logits[v] > logits[best]", "logits[v] < logits[best]", "the least likely"),
     ("sample_token", "running += logits[v]", "running = logits[v]", "not cumulative"),
+    # --- What a person can do wrong
+    ("check_writable", "!S_ISREG(st.st_mode)", "0", "replaces a device or a folder"),
+    ("check_writable", "strcmp(found, like)", "0", "replaces a file of another kind"),
+    ("log_open", "atol(row) <= done", "1", "rows of steps that are not done stay"),
+    ("log_open", "kept = ftell(f)", "ftell(f)", "a resumed run's log starts anew"),
+    ("train", "!isfinite(loss) || !isfinite(norm)", "0", "a loss that is NaN goes unnoticed"),
+    ("train", "&& !stop_signal", "", "signals do not stop the run"),
+    ("train", "exit(128 + stop_signal)", "exit(0)", "stopped, yet a success"),
+    ("on_signal", "if (stop_signal) _exit(128 + number);", "", "a second signal waits like the first"),
+    ("checkpoint_read", "!isfinite(piece[j])", "0", "NaN in weights"),
+    ("checkpoint_open", "k.entries[i].from != at", "0", "tensors that overlap"),
+    ("checkpoint_open", "at != k.data_size", "0", "data after the last tensor"),
+    ("data_load", "(size - HEADER) != 2", "(size - HEADER) < 2", "tokens after the last one"),
+    ("tokenizer_load", "if (at != size)", "if (0)", "bytes after the last token"),
+    ("parse_options", "if (o->given++)", "if (o->given++ < 0)", "an option given twice"),
 ]
 
 # Changes that change no result, to show that the tests do not just always fail; `what` is why.

@@ -274,21 +274,28 @@ holds "loss is NaN: last good checkpoint" $RUN "$program" --load wild --eval --v
 # dev/crash_test.py's subject.)
 
 endless="$tiny --train-data text --steps 1000000 --sample-every 0 --save stopped --log stopped.csv"
-for signal in INT TERM; do
-    $RUN "$program" $endless >out 2>err &
-    until [ "$(wc -l <out)" -gt 5 ] || ! kill -0 $!; do :; done
-    kill -s $signal $!
+until_stopped() {  # $1: the signal; then more options
+    signal=$1; shift
+    rm -f out
+    $RUN "$program" $endless "$@" >out 2>err &
+    until grep -qs '^step' out || ! kill -0 $!; do :; done
+    kill -s "$signal" $!
     wait $!
     found=$?
-    holds "signal: exit status" [ $found = $([ $signal = INT ] && echo 130 || echo 143) ]
+    holds "signal: exit status" [ $found = $([ "$signal" = INT ] && echo 130 || echo 143) ]
     step=$(sed -n 's/^stopped by signal [0-9]* after step \([0-9]*\); the same command with --resume goes on from there$/\1/p' out)
-    holds "signal: the log ends with the step that it names" [ "$(tail -n 1 stopped.csv | cut -d, -f1)" = "$step" ]
-    holds "signal: the checkpoint is of that step" grep -aq "\"step\":\"$step\"" stopped
-    holds "signal: the checkpoint opens" $RUN "$program" --load stopped --eval --val-data text
-    rm stopped stopped.csv
-done
+    holds "signal: the checkpoint is of the step named" grep -aq "\"step\":\"$step\"" stopped
+    holds "signal: the log has one row a step, to that one" \
+        awk -F, -v step="$step" '$1 != (NR == 1 ? "step" : NR - 1) { bad = 1 } END { exit bad || NR - 1 != step }' stopped.csv
+}
+until_stopped INT
+printf '%d,rows of steps,that the checkpoint,does not know\n%d,' $((step + 1)) $((step + 2)) >>stopped.csv
+until_stopped TERM --resume
+holds "signal: the checkpoint opens" $RUN "$program" --load stopped --eval --val-data text
+rm stopped stopped.csv
+rm out
 $RUN "$program" $tiny --train-data text --steps 9 --grad-accum 65536 --save stopped >out 2>err &  # steps without end
-until grep -q threads out || ! kill -0 $!; do sleep 0.1; done
+until grep -qs threads out || ! kill -0 $!; do sleep 0.1; done
 kill -s TERM $!; sleep 0.3; kill -s TERM $!
 wait $!
 holds "second signal: ends at once" [ $? = 143 ]
