@@ -76,6 +76,7 @@ typedef float real;
 
 // Says what is wrong, on one line, and ends the program. Status 1: a file, the machine or the
 // numbers; status 2: the command line.
+__attribute__((noreturn, format(printf, 2, 3)))
 static void fail(int status, const char *format, ...) {
     va_list args;
     va_start(args, format);
@@ -133,9 +134,9 @@ static uint64_t random_bits(uint64_t key, uint64_t i) {
     return z ^ (z >> 31);
 }
 
-static uint32_t hash_bytes(const void *bytes, int n) {  // FNV-1a
+static uint32_t hash_bytes(const void *bytes, long n) {  // FNV-1a
     uint32_t hash = 2166136261u;
-    for (int i = 0; i < n; i++) hash = (hash ^ ((const unsigned char *)bytes)[i]) * 16777619u;
+    for (long i = 0; i < n; i++) hash = (hash ^ ((const unsigned char *)bytes)[i]) * 16777619u;
     return hash;
 }
 
@@ -486,7 +487,7 @@ static Mat transposed(const real *p, long row) { return transpose(rows_of(p, row
 // apart. `start` is c itself to add to it, a row with stride 0 to add a bias, NULL for zero. Always
 // inlined, so that the constants of each caller unroll the loops and put acc into registers. With
 // one vector, a is read unpacked, from memory as a rule; then rows are fetched ahead, those of the tile
-// after the next into the second-level cache (the first is full of b).
+// after the next into the second-level cache (the first may be full of b).
 __attribute__((always_inline))
 static inline void tile(const int rows, const int vectors, int K, const real *a, long a_row, long a_step,
                         const real *b, long b_row, real *c, long c_row, const real *start, long start_row) {
@@ -591,11 +592,12 @@ static void multiply_panels(real *c, long c_row, Mat a, const real *b, long dept
 static void few_by_columns(real *c, long c_row, const real *x, Mat b, int M, int N, int K, const real *start,
                            long start_row) {
     for (int n = 0, cols; n < N; n += cols) {
-        cols = N - n >= MR ? MR : 1;
+        cols = N - n >= MR ? MR : N - n >= 4 ? 4 : 1;
         for (int m = 0; m < M; m += VW) {
             real t[MR * VW];  // (cols, VW)
             const real *pb = b.p + n * b.col, *px = x + (long)m * K;
             if (cols == MR) tile(MR, 1, K, pb, b.col, 1, px, VW, t, VW, NULL, 0);
+            else if (cols == 4) tile(4, 1, K, pb, b.col, 1, px, VW, t, VW, NULL, 0);
             else tile(1, 1, K, pb, b.col, 1, px, VW, t, VW, NULL, 0);
             for (int i = m; i < min_int(m + VW, M); i++)
                 for (int j = 0; j < cols; j++)
@@ -640,7 +642,7 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, c
             }
 }
 
-enum { FEW = 16, COLUMNS = 64 };  // rows that are few; columns to a piece of work for them
+enum { FEW = 16, COLUMNS = 8 * MR };  // rows that are few; columns to a piece of work for them
 
 // matmul for few rows: threads share out the columns of c, and the panels of a, which b_shared holds.
 static void matmul_thin(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
@@ -668,7 +670,7 @@ static void matmul_thin(real *c, long c_row, Mat a, Mat b, int M, int N, int K, 
 // tile. Blocks of c's rows are the unit of work.
 static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start,
                    long start_row) {
-    if (M <= FEW && a.col == 1 && b.row == 1 && K <= NC * KC / (FEW + VW)) {
+    if (M <= FEW && a.col == 1 && b.row == 1 && K <= NC * KC / FEW) {
         matmul_thin(c, c_row, a, b, M, N, K, start, start_row);
         return;
     }
@@ -813,7 +815,7 @@ static void norm_backward(const Model *m, real *dx, real *dw, real *db, const re
 // e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln(2)/2, where a polynomial of degree 6, fitted
 // for the least relative error, is off by 4e-9. With rounding the error stays below 2e-7 for x in
 // [-60, 60], to whose ends x is clamped; NaN stays NaN. At e^-60 = 9e-27 a probability counts as none, and
-// what is made of it is still a normal number: subnormal ones cost a processor a hundred cycles, even where
+// what is made of it is still a normal number as a rule: subnormal ones cost a processor a hundred cycles, even where
 // a compiler computes both sides of a choice and then drops one.
 static inline real fast_exp(real x) {
 #ifdef REAL_DOUBLE
@@ -985,7 +987,7 @@ static View rope_part(const Heads *a) { return (View){a->q.p + a->nope, a->q.tok
 // Where a thread works. Widths: K = nope + rope, V = value.
 typedef struct {
     real *p, *ds;              // (STRIP, row) scores, then what softmax makes of them; their gradient
-    long row;                  // at least T; an odd number of cache lines, so that a column spreads over all of a cache
+    long row;                  // at least T; no multiple of 32, so that a column spreads over all of a cache
     real *keys, *dk;           // (T, K) each key's two parts joined; their gradient
     real *kt, *vt;             // k' (K, T), v' (V, T) in panels of NR tokens
     real *k, *v, *q, *d_out;   // (T, K), (T, V), (STRIP, K), (STRIP, V) in panels of NR columns
@@ -1132,16 +1134,16 @@ static void attention_decode(const Model *m, const Heads *a, View out, int B, in
                 real *part = part_of_chunk(m, b, g * group, c, chunks, value);              // (group, part_row)
                 real *s = m->cache->scores + (long)omp_get_thread_num() * m->c.NH * CHUNK;  // (group, CHUNK)
                 Mat q = rows_of(element(a->q, b, g * group), a->q.head), q_rope = rows_of(q.p + a->nope, a->q.head);
-                Mat k = transposed(element(a->k, first, g) + b * a->k_sequence, a->k.token);
-                Mat k_rope = transposed(element(a->k_rope, first, g) + b * a->k_rope_sequence, a->k_rope.token);
-                Mat v = rows_of(element(a->v, first, g) + b * a->v_sequence, a->v.token);
-                if (a->panels) k = rows_of(k.p, NR), k_rope = rows_of(k_rope.p, NR);
+                const real *pk = element(a->k, first, g) + b * a->k_sequence;
+                const real *pk_rope = element(a->k_rope, first, g) + b * a->k_rope_sequence;
+                Mat k = a->panels ? rows_of(pk, NR) : transposed(pk, a->k.token), v;
+                Mat k_rope = a->panels ? rows_of(pk_rope, NR) : transposed(pk_rope, a->k_rope.token);
                 if (a->decompress) {  // (21), transposed: k' (nope, n) above v' (value, n)
                     int rows = a->nope + value, R = a->k.token;
                     real *kv = m->cache->kv + (long)omp_get_thread_num() * rows * CHUNK;
-                    multiply_panels(kv, CHUNK, rows_of(a->decompress + (long)g * rows * R, R), k.p, R, rows, n, R, NULL, 0);
+                    multiply_panels(kv, CHUNK, rows_of(a->decompress + (long)g * rows * R, R), pk, R, rows, n, R, NULL, 0);
                     k = rows_of(kv, CHUNK), v = transposed(kv + a->nope * CHUNK, CHUNK);
-                }
+                } else v = rows_of(element(a->v, first, g) + b * a->v_sequence, a->v.token);
                 matmul_few(s, CHUNK, q, k, group, n, a->nope, NULL, 0);
                 if (a->rope) matmul_few(s, CHUNK, q_rope, k_rope, group, n, a->rope, s, CHUNK);
                 for (int r = 0; r < group; r++) {
@@ -1289,7 +1291,7 @@ static Heads cache_heads(const Model *m, int l) {  // views of layer l's cache, 
     real *base = cache->layers + l * cache->layer_size;
     return (Heads){.heads = c->NH, .kv_heads = c->NKV, .nope = c->NOPE, .rope = rope, .value = c->HS, .panels = 1,
                    .k = {base, k, latent ? 0 : capacity * k}, .k_sequence = keys,
-                   .v = {base + cache->B * keys, c->HS, capacity * c->HS}, .v_sequence = values,
+                   .v = {base + cache->B * keys, c->HS, latent ? 0 : capacity * c->HS}, .v_sequence = values,
                    .k_rope = {base + cache->B * (keys + values), rope, 0}, .k_rope_sequence = capacity * rope,
                    .decompress = latent ? m->w[l][KVB_W] : NULL};
 }
@@ -1942,36 +1944,41 @@ static char *temporary_name(const char *path) {
     return name;
 }
 
-// Fails if `path` could not be written: better before the training than after it. A file that is there already
-// must be of the same kind, with the text `like` at byte `at`: nothing else is ever replaced.
-static void check_writable(const char *path, const char *kind, const char *like, long at) {
+// Fails unless `path` is free, empty, or a file of the right kind, with the text `like` at byte `at` (partial: or
+// the beginning of one): nothing else is ever replaced.
+static void check_replaceable(const char *path, const char *kind, const char *like, long at, int partial) {
     char found[64] = {0};
     struct stat st;
-    if (!stat(path, &st) && !S_ISREG(st.st_mode)) fail(1, "%s: exists and is no regular file; will not replace it", path);
-    FILE *old = fopen(path, "rb");
-    if (old && fread(found, 1, 1, old) &&  // not empty
-        (fseek(old, at, SEEK_SET) || !fread(found, 1, strlen(like), old) || strcmp(found, like)))
-        fail(1, "%s: exists and is no %s; will not replace it", path, kind);
-    if (old) fclose(old);
-    char *name = temporary_name(path);
-    FILE *f = fopen(name, "wb");
-    if (!f) fail(1, "%s: cannot write: %s", path, strerror(errno));
-    fclose(f);
-    unlink(name);
-    free(name);
+    if (stat(path, &st)) return;
+    if (!S_ISREG(st.st_mode)) fail(1, "%s: exists and is no regular file; will not replace it", path);
+    FILE *f = fopen(path, "rb");
+    size_t n = f && !fseek(f, at, SEEK_SET) ? fread(found, 1, strlen(like), f) : 0;
+    if (st.st_size && (!f || memcmp(found, like, n) || (n < strlen(like) && !partial)))
+        fail(1, "%s: exists and is no %s of this program; will not replace it", path, kind);
+    if (f) fclose(f);
 }
 
-static void check_checkpoint_writable(const char *path) { check_writable(path, "checkpoint", "{\"__metadata__\":", 8); }
+// Fails if a checkpoint could not be written to `path`: better before the training than after it.
+static void check_checkpoint_writable(const char *path) {
+    static const char like[] = "{\"__metadata__\":{\"format\":\"train_gpt2_mla\"";
+    char *temporary = temporary_name(path);
+    check_replaceable(path, "checkpoint", like, 8, 0);
+    check_replaceable(temporary, "checkpoint", like, 8, 1);
+    FILE *f = fopen(temporary, "wb");
+    if (!f) fail(1, "%s: cannot write: %s", path, strerror(errno));
+    fclose(f);
+    unlink(temporary);
+    free(temporary);
+}
 
 // Writes `path`.tmp and renames it when it is complete: a file that bears the name is whole.
 // With settings, what a run needs to go on as if it had never stopped is written too: the moments, the steps
 // done, and the options that shape the run, in words. Data and randomness follow from step and seed.
 static void checkpoint_save(const Model *m, const char *path, long step, const char *settings) {
-    check_checkpoint_writable(path);
     char *temporary = temporary_name(path);
     FILE *f = fopen(temporary, "wb");
     if (!f) fail(1, "%s: cannot write: %s", temporary, strerror(errno));
-    int parts = settings ? 3 : 1, ok = 1;
+    int parts = settings ? 3 : 1;
     size_t at = 0;
     uint64_t length = 0;
     fwrite(&length, 8, 1, f);  // known only after the header
@@ -1991,11 +1998,9 @@ static void checkpoint_save(const Model *m, const char *path, long step, const c
             at += 4 * t->size;
         }
     fprintf(f, "}");
-    while (ftell(f) % 8) fputc(' ', f);  // so that the data is aligned
+    fprintf(f, "%*s", (int)(-ftell(f) & 7), "");  // so that the data is aligned
     length = ftell(f) - 8;
-    rewind(f);
-    fwrite(&length, 8, 1, f);
-    fseek(f, 0, SEEK_END);
+    int ok = !fseek(f, 0, SEEK_SET) && fwrite(&length, 8, 1, f) == 1 && !fseek(f, 0, SEEK_END);
     for (int part = 0; part < parts; part++)
         for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++)
             for (size_t k = 0; ok && k < t->size;) {
@@ -2166,6 +2171,7 @@ static Checkpoint checkpoint_open(const char *path) {
     if (json_peek(&k)) json_fail(&k, "the end of the header");
 
     size_t at = 0;
+    if (!k.n) fail(1, "%s: has no tensors", path);
     qsort(k.entries, k.n, sizeof *k.entries, entry_by_place);
     for (int i = 0; i < k.n; at = k.entries[i++].to)
         if (k.entries[i].from != at)
@@ -2191,7 +2197,7 @@ static const char *checkpoint_meta(const Checkpoint *k, const char *key) {  // N
 
 static const Entry *checkpoint_find(const Checkpoint *k, const char *name) {
     Entry key = {.name = (char *)name};
-    return k->n ? bsearch(&key, k->entries, k->n, sizeof key, entry_by_name) : NULL;
+    return bsearch(&key, k->entries, k->n, sizeof key, entry_by_name);
 }
 
 // Reads tensor `name` into x; its shape must be (rows, cols), or (rows) for cols 0.
@@ -2259,9 +2265,7 @@ static void checkpoint_read_model(const Checkpoint *k, Model *m, int moments) {
             snprintf(name, sizeof name, "%s%s", part_prefix[part], t->name);
             checkpoint_read(k, name, part_of(m, part) + t->offset, t->rows, t->cols);
         }
-    int own = 0;  // names are unique: if this many are ours, all are
-    for (int i = 0; i < k->n; i++) own += !foreign(k->entries[i].name);
-    for (int i = 0, known; own != m->n_tensors && i < k->n; i++) {
+    for (int i = 0, known; i < k->n; i++) {
         known = foreign(k->entries[i].name);
         for (int j = 0; j < m->n_tensors && !known; j++) known = !strcmp(k->entries[i].name, m->tensors[j].name);
         if (!known) fail(1, "%s: tensor %s has no place in a model of its configuration", k->path, k->entries[i].name);
@@ -2492,7 +2496,7 @@ static void print_duration(double s) {
     else printf("%.0fs", s);
 }
 
-// SIGINT and SIGTERM let the step at hand finish; a second one ends the program at once.
+// SIGINT, SIGTERM and SIGHUP let the step at hand finish; a second one ends the program at once.
 static volatile sig_atomic_t stop_signal;
 
 static void on_signal(int number) {
@@ -2506,13 +2510,13 @@ static const char log_header[] = "step,loss,lr,grad_norm,val_loss,tok_per_s,seco
 static FILE *log_open(const char *path, long done) {
     char row[256];
     long kept = 0;
-    check_writable(path, "log of this program", log_header, 0);
+    check_replaceable(path, "log", log_header, 0, 0);
     FILE *f = fopen(path, done ? "a+b" : "wb");
     if (!f) fail(1, "%s: cannot write: %s", path, strerror(errno));
     if (done) rewind(f);
     while (done && fgets(row, sizeof row, f) && strchr(row, '\n') && (kept == 0 || atol(row) <= done)) kept = ftell(f);
     if (!kept) fputs(log_header, f);
-    else if (ftruncate(fileno(f), kept)) fail(1, "%s: cannot write: %s", path, strerror(errno));
+    else if (ftruncate(fileno(f), kept) || fseek(f, 0, SEEK_END)) fail(1, "%s: cannot write: %s", path, strerror(errno));
     if (fflush(f)) fail(1, "%s: cannot write: %s", path, strerror(errno));
     return f;
 }
@@ -2524,13 +2528,15 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
     int *x = allocate(2 * sizeof(int) * B * T, "batch"), *y = x + B * T;
     Schedule schedule = {o->schedule, o->steps, o->warmup, o->learning_rate, o->min_lr};
     long step = done, saved = o->resume ? done : -1;  // steps done, and of them in the checkpoint
-    Cache *cache = o->sample_every && o->steps ? cache_create(m, cache_mode(&m->c), 1, T) : NULL;  // for samples
+    Cache *cache = o->sample_every ? cache_create(m, cache_mode(&m->c), 1, T) : NULL;  // for samples
     Sampling how = {o->temperature, o->top_k};
     int start_token = min_int(tokenizer->eot, m->c.V - 1);
-    FILE *log = o->log ? log_open(o->log, done) : NULL;
     if (o->save) check_checkpoint_writable(o->save);
+    FILE *log = o->log ? log_open(o->log, done) : NULL;
     struct sigaction stop = {.sa_handler = on_signal, .sa_flags = SA_RESTART};  // writing a file goes on
+    struct sigaction hangup;
     sigaction(SIGINT, &stop, NULL), sigaction(SIGTERM, &stop, NULL);
+    if (!sigaction(SIGHUP, NULL, &hangup) && hangup.sa_handler != SIG_IGN) sigaction(SIGHUP, &stop, NULL);  // but for nohup
 
     fflush(stdout);
     double start = seconds(), stepping = 0;  // stepping: time without validation and samples
@@ -2545,7 +2551,7 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
         double norm = gradient_norm(m);
         if (!isfinite(loss) || !isfinite(norm))
             fail(1, "step %ld: loss %f, gradient norm %f at learning rate %g; stopped, and not saved (a lower --learning-rate "
-                 "may help)", step + 1, fabs(loss), norm, lr);
+                 "may help)", step + 1, fabs(loss), fabs(norm), lr);
         adamw_update(m, &o->adam, lr, step + 1, clip_scale(norm, o->grad_clip));
         step++;
 
@@ -2556,7 +2562,7 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
         int sample = cache && (last || step % o->sample_every == 0);
         printf("step %ld/%ld | loss %.6f | lr %.1e | grad %.3g | tok/s %.0f | ETA ", step, o->steps, loss, lr, norm, rate);
         print_duration((seconds() - start) / (step - done) * (o->steps - step));
-        printf(!live ? "\n" : validate || sample ? "\033[K\n" : "\033[K\r");  // on a terminal the line stays in place
+        printf(!live ? "\n" : validate || sample || last || stop_signal ? "\033[K\n" : "\033[K\r");  // on a terminal the line stays in place
         fflush(stdout);
         Evaluation e = {0};
         if (validate) {
@@ -2575,6 +2581,7 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
             fprintf(log, ",%.0f,%.3f\n", rate, seconds() - start);
             if (fflush(log)) fail(1, "%s: cannot write: %s", o->log, strerror(errno));
         }
+        if (log && o->save) fsync(fileno(log));  // so that it never ends before the checkpoint
         if (o->save && o->save_every && step % o->save_every == 0) checkpoint_save(m, o->save, saved = step, settings);
     }
     if (step > done) {
@@ -2582,12 +2589,11 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
         print_duration(seconds() - start);
         printf(", %.0f tokens/s\n", (double)B * T * o->grad_accum * (step - done) / stepping);
     }
-    if (o->save && saved != step) checkpoint_save(m, o->save, step, o->steps ? settings : NULL);
-    if (o->save) printf("saved %s\n", o->save);
-    if (stop_signal) {
+    if (o->save && saved != step) checkpoint_save(m, o->save, saved = step, settings);
+    if (o->save && step > done) printf("saved %s\n", o->save);
+    if (stop_signal && step < o->steps) {
         printf("stopped by signal %d after step %ld%s\n", (int)stop_signal, step,
                o->save ? "; the same command with --resume goes on from there" : ", nothing saved without --save FILE");
-        fflush(stdout);
         exit(128 + stop_signal);
     }
     if (log) fclose(log);
@@ -2631,7 +2637,7 @@ static Option options[] = {
     {"--kv-heads", INT, &opt.config.NKV, 1, 1024, .help = "gqa: key/value heads (a quarter of 8 heads or more, half of fewer)"},
     {"--q-rank", INT, &opt.config.RQ, 0, 65536, .help = "mla: width of the query latent, 0 for none (channels/2)"},
     {"--kv-rank", INT, &opt.config.R, 1, 65536, .help = "mla: width of the key/value latent (2/3 of channels)"},
-    {"--rope-dim", INT, &opt.config.RD, 2, 65536, .help = "decoupled: rotary part of a head (half of it)"},
+    {"--rope-dim", INT, &opt.config.RD, 0, 65536, .help = "decoupled: rotary part of a head (half of it)"},
     {"--latent-norm", CHOICE, &opt.config.latent_norm, .choices = norm_names, .help = "mla: layernorm, rmsnorm or none (layernorm)"},
     {"--vocab-size", INT, &opt.config.V, 2, 65536, .help = "tokens known (the tokenizer's, or 256, or 50257 for tokens above 255)"},
     {"data", .help = NULL},
@@ -2750,11 +2756,12 @@ static void check_data(const Data *d, const Model *m, long needed) {
 }
 
 // The options that shape a run, in words, once all defaults are chosen.
-static const char *settings(long training_tokens) {
+static const char *settings(const Data *d) {
     static char text[900];
     const Options *o = &opt;
-    snprintf(text, sizeof text, "training tokens %ld, order %s, batch %d x %d x %d, steps %ld, %s schedule: warmup %ld, lr %g to %g, "
-             "decay %g, betas %g %g, eps %g, clip %g, dropout %g, seed %ld", training_tokens, order_names[o->order], o->batch_size,
+    snprintf(text, sizeof text, "training data %ld tokens (hash %08x), order %s, batch %d x %d x %d, steps %ld, %s schedule: warmup %ld, lr %g to %g, "
+             "decay %g, betas %g %g, eps %g, clip %g, dropout %g, seed %ld", d->n,
+             hash_bytes(d->tokens, d->n * (long)sizeof *d->tokens), order_names[o->order], o->batch_size,
              o->grad_accum, o->seq_len, o->steps, schedule_names[o->schedule], o->warmup, o->learning_rate, o->min_lr,
              o->adam.weight_decay, o->adam.beta1, o->adam.beta2, o->adam.eps, o->grad_clip, o->dropout, o->seed);
     return text;
@@ -2801,6 +2808,11 @@ int main(int argc, char **argv) {
     if (opt.resume && (!training || !opt.save || opt.load))
         fail(2, "--resume: expected --save FILE, the run to go on with, and no --load");
     if (opt.save_every && !opt.save) fail(2, "--save-every: expected --save FILE too");
+    if (opt.save && opt.log && !strcmp(opt.save, opt.log)) fail(2, "--log %s: the same file as --save", opt.log);
+    if (opt.eval && opt.train_data && !opt.val_data) fail(2, "--eval: expected --val-data FILE too");
+    if (opt.min_lr < 0) opt.min_lr = opt.learning_rate / 10;
+    if (opt.min_lr > opt.learning_rate)
+        fail(2, "--min-lr %g: expected at most the learning rate, %g", opt.min_lr, opt.learning_rate);
     if (opt.batch_size == -1) opt.batch_size = generating ? 1 : 8;
 
     // Data: what was named, else tinyshakespeare if prepared, else this program's own text.
@@ -2822,7 +2834,6 @@ int main(int argc, char **argv) {
     } else {
         if (training) train_data = data_load(opt.train_data);
         if (opt.val_data) val_data = data_load(opt.val_data);
-        else if (opt.eval) fail(2, "--eval: expected --val-data FILE too");
     }
 
     // Model: loaded, or new.
@@ -2851,14 +2862,11 @@ int main(int argc, char **argv) {
     if (!opt.tokenizer && generating && m->c.V != 256)
         fail(2, "--generate: expected --tokenizer FILE, the model's vocabulary is %d", m->c.V);
     if (opt.seq_len > m->c.block_size) fail(2, "--seq-len %d: the model's block size is %d", opt.seq_len, m->c.block_size);
-    if (opt.min_lr < 0) opt.min_lr = opt.learning_rate / 10;
-    if (opt.min_lr > opt.learning_rate)
-        fail(2, "--min-lr %g: expected at most the learning rate, %g", opt.min_lr, opt.learning_rate);
     if (opt.warmup < 0) opt.warmup = opt.schedule == CONSTANT ? 0 : (opt.steps + 19) / 20;
     long done = 0;
     if (opt.resume) {
         const char *was = checkpoint_meta(&checkpoint, "settings"), *step = checkpoint_meta(&checkpoint, "step");
-        const char *is = settings(train_data.n);
+        const char *is = settings(&train_data);
         size_t same = 0;  // up to the first setting that differs
         for (size_t i = 0; was[i] && was[i] == is[i]; i++) if (was[i] == ' ' && i && was[i - 1] == ',') same = i + 1;
         was += same, is += same;
@@ -2879,15 +2887,16 @@ int main(int argc, char **argv) {
         model_reserve(m, B, opt.seq_len, 0);
         Evaluation e = evaluate(m, &val_data, &tokenizer, B, opt.seq_len, 0);
         print_evaluation(&e);
+    } else if (!updating) {
+        if (opt.save) check_checkpoint_writable(opt.save), checkpoint_save(m, opt.save, 0, NULL), printf("saved %s\n", opt.save);
     } else {
         m->dropout = opt.dropout;
-        if (updating) {
-            model_reserve(m, B, opt.seq_len, 1);
-            printf("%ld tokens of %s, %d threads%s\n", train_data.n, train_data.path, omp_get_max_threads(),
-                   val_data.n ? "" : "; no validation without --val-data");
-        }
-        train(m, &opt, &train_data, val_data.n ? &val_data : NULL, &tokenizer, settings(train_data.n), done);
+        model_reserve(m, B, opt.seq_len, 1);
+        printf("%ld tokens of %s, %d threads%s\n", train_data.n, train_data.path, omp_get_max_threads(),
+               val_data.n ? "" : "; no validation without --val-data");
+        train(m, &opt, &train_data, val_data.n ? &val_data : NULL, &tokenizer, settings(&train_data), done);
     }
+    if (fflush(stdout) || ferror(stdout)) fail(1, "standard output: cannot write: %s", strerror(errno));
     model_free(m), tokenizer_free(&tokenizer), free(train_data.tokens), free(val_data.tokens);
     return 0;
 }

@@ -91,7 +91,7 @@ MUTATIONS = [
     ("few_by_columns", "x + (long)m * K", "x", "every VW rows are the first"),
     ("few_by_columns", "t[j * VW + i - m]", "t[j * VW]", "every row is the first"),
     ("few_by_columns", "start[i * start_row + n + j]", "start[i * start_row + n]", "start of another column"),
-    ("few_by_columns", "cols = N - n >= MR ? MR : 1", "cols = MR", "columns past the last"),
+    ("few_by_columns", "N - n >= 4 ? 4 : 1", "MR", "columns past the last"),
     ("few_dots", "s5 += x[k] * b5[k]", "s5 += x[k] * b4[k]", "one of eight sums"),
     ("few_dots", "min_int(j + n * part, N - 1)", "min_int(j + n * part, N - 2)", "the last column of b"),
     ("few_dots", "start[at]", "start[j]", "start of another column"),
@@ -100,7 +100,7 @@ MUTATIONS = [
     ("matmul_few", "k ? c_row : start_row", "start_row", "later blocks of k from the first row"),
     ("matmul_thin", "a.p + m * a.row + k,", "a.p + m * a.row,", "every block of a is the first"),
     ("matmul_thin", "(long)m * K + k * VW", "(long)m * K + k * MR", "panels of a overlap"),
-    ("matmul", "&& K <= NC * KC / (FEW + VW)", "", "a longer than its room"),
+    ("matmul", "&& K <= NC * KC / FEW", "", "a longer than its room"),
     ("matmul", "M <= FEW && a.col == 1", "M <= FEW", "few rows, though a is transposed"),
     ("matmul_thin", "start ? start + j : NULL", "start", "bias of the first columns for all"),
     ("matmul", "i0 += block", "i0 += MC", "rows between blocks left out"),
@@ -244,7 +244,7 @@ MUTATIONS = [
     ("attention_decode", "part_of_chunk(m, b, g * group, c", "part_of_chunk(m, b, g, c", "results of the groups overlap"),
     ("attention_decode", " + b * a->v_sequence", "", "values of the first sequence"),
     ("attention_decode", "element(a->k_rope, first, g)", "element(a->k_rope, 0, g)", "rotary keys of the first chunk"),
-    ("attention_decode", "k_rope = rows_of(k_rope.p, NR)", "k_rope = k_rope", "rotary keys taken for rows"),
+    ("attention_decode", "a->panels ? rows_of(pk_rope, NR) : transposed", "transposed", "rotary keys taken for rows"),
 
     # --- 6: front ends
     ("heads_of", "acts->kv + NOPE, kv_row", "acts->kv + HS, kv_row", "mla: place of the values"),
@@ -449,8 +449,8 @@ MUTATIONS = [
     ("sample_token", "logits[v] > logits[best]", "logits[v] < logits[best]", "the least likely"),
     ("sample_token", "running += logits[v]", "running = logits[v]", "not cumulative"),
     # --- What a person can do wrong
-    ("check_writable", "!S_ISREG(st.st_mode)", "0", "replaces a device or a folder"),
-    ("check_writable", "strcmp(found, like)", "0", "replaces a file of another kind"),
+    ("check_replaceable", "!S_ISREG(st.st_mode)", "0", "replaces a device or a folder"),
+    ("check_replaceable", "memcmp(found, like, n)", "0", "replaces a file of another kind"),
     ("log_open", "atol(row) <= done", "1", "rows of steps that are not done stay"),
     ("log_open", "kept = ftell(f)", "ftell(f)", "a resumed run's log starts anew"),
     ("train", "!isfinite(loss) || !isfinite(norm)", "0", "a loss that is NaN goes unnoticed"),

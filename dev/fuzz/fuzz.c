@@ -116,7 +116,7 @@ static void read_options(const unsigned char *text, size_t n) {
     model_defaults();
     if (opt.config.V == -1) opt.config.V = 256;
     config_complete(&opt.config, 2, "options");
-    settings(1);
+    settings(&(Data){0});
 }
 
 int LLVMFuzzerTestOneInput(const unsigned char *bytes, size_t n) {
