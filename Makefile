@@ -48,7 +48,7 @@ test: test_mla test_mla_double train_gpt2_mla
 	RUN="$(RUN)" $(RUN) ./test_mla
 
 sanitize:
-	ASAN_OPTIONS=allocator_may_return_null=1 $(MAKE) test CFLAGS="-O1 -g -std=c11 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all"
+	$(MAKE) test CFLAGS="-O1 -g -std=c11 -Wall -Wextra -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 shakespeare:
 	python3 prepro_tinyshakespeare.py
