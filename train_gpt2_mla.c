@@ -2562,7 +2562,8 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
         int sample = cache && (last || step % o->sample_every == 0);
         printf("step %ld/%ld | loss %.6f | lr %.1e | grad %.3g | tok/s %.0f | ETA ", step, o->steps, loss, lr, norm, rate);
         print_duration((seconds() - start) / (step - done) * (o->steps - step));
-        printf(!live ? "\n" : validate || sample || last || stop_signal ? "\033[K\n" : "\033[K\r");  // on a terminal the line stays in place
+        int stays = live && !validate && !sample && !last && !stop_signal;  // a terminal's line, in its place
+        printf(stays ? "\033[K\r" : live ? "\033[K\n" : "\n");
         fflush(stdout);
         Evaluation e = {0};
         if (validate) {
@@ -2581,14 +2582,17 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
             fprintf(log, ",%.0f,%.3f\n", rate, seconds() - start);
             if (fflush(log)) fail(1, "%s: cannot write: %s", o->log, strerror(errno));
         }
-        if (log && o->save) fsync(fileno(log));  // so that it never ends before the checkpoint
-        if (o->save && o->save_every && step % o->save_every == 0) checkpoint_save(m, o->save, saved = step, settings);
+        if (o->save && o->save_every && step % o->save_every == 0) {
+            if (log) fsync(fileno(log));  // a log that reaches the disk never ends before the checkpoint
+            checkpoint_save(m, o->save, saved = step, settings);
+        }
     }
     if (step > done) {
         printf("%ld steps in ", step - done);
         print_duration(seconds() - start);
         printf(", %.0f tokens/s\n", (double)B * T * o->grad_accum * (step - done) / stepping);
     }
+    if (log) fsync(fileno(log));
     if (o->save && saved != step) checkpoint_save(m, o->save, saved = step, settings);
     if (o->save && step > done) printf("saved %s\n", o->save);
     if (stop_signal && step < o->steps) {

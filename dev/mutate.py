@@ -454,7 +454,7 @@ MUTATIONS = [
     ("log_open", "atol(row) <= done", "1", "rows of steps that are not done stay"),
     ("log_open", "kept = ftell(f)", "ftell(f)", "a resumed run's log starts anew"),
     ("train", "!isfinite(loss) || !isfinite(norm)", "0", "a loss that is NaN goes unnoticed"),
-    ("train", "&& !stop_signal", "", "signals do not stop the run"),
+    ("train", "step < o->steps && !stop_signal", "step < o->steps", "signals do not stop the run"),
     ("train", "exit(128 + stop_signal)", "exit(0)", "stopped, yet a success"),
     ("on_signal", "if (stop_signal) _exit(128 + number);", "", "a second signal waits like the first"),
     ("checkpoint_read", "!isfinite(piece[j])", "0", "NaN in weights"),
