@@ -815,8 +815,8 @@ static void norm_backward(const Model *m, real *dx, real *dw, real *db, const re
 // e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln(2)/2, where a polynomial of degree 6, fitted
 // for the least relative error, is off by 4e-9. With rounding the error stays below 2e-7 for x in
 // [-60, 60], to whose ends x is clamped; NaN stays NaN. At e^-60 = 9e-27 a probability counts as none, and
-// what is made of it is still a normal number as a rule: subnormal ones cost a processor a hundred cycles, even where
-// a compiler computes both sides of a choice and then drops one.
+// what is made of it is still a normal number as a rule: subnormal ones cost a processor a hundred cycles,
+// even where a compiler computes both sides of a choice and then drops one.
 static inline real fast_exp(real x) {
 #ifdef REAL_DOUBLE
     return exp(x);
@@ -2763,8 +2763,8 @@ static void check_data(const Data *d, const Model *m, long needed) {
 static const char *settings(const Data *d) {
     static char text[900];
     const Options *o = &opt;
-    snprintf(text, sizeof text, "training data %ld tokens (hash %08x), order %s, batch %d x %d x %d, steps %ld, %s schedule: warmup %ld, lr %g to %g, "
-             "decay %g, betas %g %g, eps %g, clip %g, dropout %g, seed %ld", d->n,
+    snprintf(text, sizeof text, "training data %ld tokens (hash %08x), order %s, batch %d x %d x %d, steps %ld, %s schedule: "
+             "warmup %ld, lr %g to %g, decay %g, betas %g %g, eps %g, clip %g, dropout %g, seed %ld", d->n,
              hash_bytes(d->tokens, d->n * (long)sizeof *d->tokens), order_names[o->order], o->batch_size,
              o->grad_accum, o->seq_len, o->steps, schedule_names[o->schedule], o->warmup, o->learning_rate, o->min_lr,
              o->adam.weight_decay, o->adam.beta1, o->adam.beta2, o->adam.eps, o->grad_clip, o->dropout, o->seed);

@@ -26,21 +26,19 @@ static void *fuzz_keep(void *p) {
     return p ? blocks[n_blocks++] = p : NULL;
 }
 
-static void fuzz_free(void *p) {
-    for (int i = n_blocks - 1; p && i >= 0; i--)
+static void *fuzz_forget(void *p) {
+    for (int i = 0; p && i < n_blocks; i++)
         if (blocks[i] == p) { blocks[i] = blocks[--n_blocks]; break; }
-    free(p);
+    return p;
 }
+
+static void fuzz_free(void *p) { free(fuzz_forget(p)); }
 
 enum { LITTLE = 1 << 20 };  // more memory than this is not to be had
 
 static void *fuzz_alloc(size_t alignment, size_t size) { return size > LITTLE ? NULL : fuzz_keep(aligned_alloc(alignment, size)); }
 
-static void *fuzz_realloc(void *p, size_t size) {
-    for (int i = 0; p && i < n_blocks; i++)
-        if (blocks[i] == p) { blocks[i] = blocks[--n_blocks]; break; }
-    return size > LITTLE ? NULL : fuzz_keep(realloc(p, size));
-}
+static void *fuzz_realloc(void *p, size_t size) { return size > LITTLE ? NULL : fuzz_keep(realloc(fuzz_forget(p), size)); }
 
 static FILE *fuzz_open(const char *path, const char *how) { return opened = fopen(path, how); }
 
