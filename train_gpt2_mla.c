@@ -317,7 +317,7 @@ typedef struct {
     real *att;         // (N, NH*HS) the heads' outputs
     real *lse;         // (N, NH) log of the softmax's denominator
     real *x_mid;       // (N, C) the residual stream between attention and MLP
-    real *fc;          // (N, 4C) before GELU
+    real *fc;          // (N, 4C) before GELU; its backward leaves GELU's output here
 } Acts;
 
 // What decoding keeps of the tokens so far (chapter 6), and the room in which it works.
@@ -449,7 +449,7 @@ static void model_init(Model *m, uint64_t seed) {
 // caches. Cure: PACKED PANELS. Blocks of a (MC x KC) and b (KC x NC) are copied so that the
 // tile reads them strictly one after the other: panel p of a holds its rows p*MR .. p*MR+MR-1,
 // and within it step k's MR numbers are adjacent; likewise b by NR columns. One panel of b
-// (24 KB with vectors of 8) stays in the first-level cache, a block of a in the second. Copying also
+// (16 KB with vectors of 8) stays in the first-level cache, a block of a in the second. Copying also
 // absorbs transposes (a stride decides, not the code) and pads ragged edges with zeros.
 // (In this chapter M, N, K are rows, columns and the length of the sums.)
 //
@@ -470,7 +470,7 @@ typedef real vec __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), m
 enum {
     VW = VEC_BYTES / sizeof(real),  // numbers in a vector
     NR = 2 * VW,
-    MC = 8 * MR, KC = 384, NC = 1024
+    MC = 8 * MR, KC = 256, NC = 1024
 };
 
 // A matrix by its strides: element (i, j) is p[i*row + j*col]. Swapping the two transposes.
@@ -633,8 +633,8 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, c
     else if (M == 1) few_dots(c, a.p, b, N, K, start);
     else
         for (int m = 0; m < M; m += VW)
-            for (int k = 0; k < K; k += KC) {
-                int rows = min_int(VW, M - m), kc = min_int(KC, K - k);
+            for (int k = 0; k < K; k += MC * KC / VW) {
+                int rows = min_int(VW, M - m), kc = min_int(MC * KC / VW, K - k);
                 real *cm = c + m * c_row;
                 pack(a_panels, a.p + m * a.row + k, a.row, 1, rows, kc, VW);
                 few_by_columns(cm, c_row, a_panels, (Mat){b.p + k, 1, b.col}, rows, N, kc,
@@ -874,21 +874,21 @@ static void gelu_forward(real *y, const real *x, long n) {
     for (long i = 0; i < n; i += SMALL) gelu_piece(y + i, x + i, n - i < SMALL ? n - i : SMALL);
 }
 
-// dx = dy (s + x s (1 - s) (2u)') (7), over dy in place. Leaves y = gelu(x) too: the forward
-// did not keep it, and both need s.
-static void gelu_backward_piece(real *dy, real *y, const real *x, int n) {
+// dx = dy (s + x s (1 - s) (2u)') (7), over dy in place. Makes y = gelu(x) again, over x, which is of no
+// more use: the forward did not keep it, and both need s.
+static void gelu_backward_piece(real *dy, real *x, int n) {
     #pragma omp simd
     for (int i = 0; i < n; i++) {
         real s = 1 / (1 + fast_exp(-GELU_2U(x[i])));
         real slope = (real)1.5957691216057308 * (1 + (real)0.134145 * x[i] * x[i]);
-        y[i] = x[i] * s;
         dy[i] *= s + x[i] * s * (1 - s) * slope;
+        x[i] *= s;
     }
 }
 
-static void gelu_backward(real *dy, real *y, const real *x, long n) {
+static void gelu_backward(real *dy, real *x, long n) {
     #pragma omp parallel for if (n > SMALL)
-    for (long i = 0; i < n; i += SMALL) gelu_backward_piece(dy + i, y + i, x + i, n - i < SMALL ? n - i : SMALL);
+    for (long i = 0; i < n; i += SMALL) gelu_backward_piece(dy + i, x + i, n - i < SMALL ? n - i : SMALL);
 }
 
 // --- Dropout: a number is dropped with probability p, else scaled by 1/(1-p). Whether number i
@@ -1018,6 +1018,9 @@ static void join_keys(Room *r, const Heads *a, long first, int g, int T) {
     pack(r->kt, r->keys, K, 1, T, K, NR);
 }
 
+// n, rounded up to whole vectors: a loop's last few numbers, one by one, would take longer than a vector does.
+static int whole_vectors(int n) { return (n + VW - 1) / VW * VW; }
+
 // out (N, NH, value), lse (N, NH): B sequences of T tokens each
 static void attention_forward(const Model *m, const Heads *a, View out, real *lse, int B, int T) {
     real scale = 1 / (real)sqrt(m->c.HS);
@@ -1036,9 +1039,11 @@ static void attention_forward(const Model *m, const Heads *a, View out, real *ls
                     real sums[STRIP];
                     multiply_panels(r.p, r.row, tokens_of(a->q, first + i0, h), r.kt, K, rows, keys, K, NULL, 0);
                     for (int i = 0; i < rows; i++) {
-                        int seen = i0 + i + 1;  // keys 0 .. i0+i
-                        real *pi = r.p + i * r.row, max = largest(pi, seen);
-                        sums[i] = exp_row(pi, seen, scale, max);
+                        int seen = i0 + i + 1, whole = whole_vectors(seen);  // keys 0 .. i0+i
+                        real *pi = r.p + i * r.row;
+                        for (int j = seen; j < whole; j++) pi[j] = -INFINITY;
+                        real max = largest(pi, whole);
+                        sums[i] = exp_row(pi, whole, scale, max);
                         for (int j = seen; j < keys; j++) pi[j] = 0;
                         lse[(first + i0 + i) * a->heads + h] = scale * max + (real)log(sums[i]);
                     }
@@ -1085,7 +1090,7 @@ static void attention_backward(const Model *m, const Heads *a, const Heads *d, V
                         #pragma omp simd reduction(+:D)
                         for (int e = 0; e < V; e++) D += o[e] * d_o[e];
                         #pragma omp simd
-                        for (int j = 0; j < seen; j++) {
+                        for (int j = 0; j < whole_vectors(seen); j++) {
                             pi[j] = fast_exp(scale * pi[j] - li);
                             dsi[j] = scale * pi[j] * (dsi[j] - D);
                         }
@@ -1423,13 +1428,17 @@ static void place_acts(Model *m, Arena *arena, int T, int training) {
     for (int l = 0; l < layers + training; l++) {
         Acts *a = l < layers ? &m->acts[l] : &m->d;  // the gradients' set comes last
         a->x = take(arena, N * C);
+        size_t attention = arena->used;
         a->qkv = take(arena, N * c->QKV);
         a->q_a = take(arena, N * c->RQ);
         a->q = take(arena, c->R ? N * Q : 0);
         a->kv_a = take(arena, N * KV_A);
         a->kv = take(arena, N * KV);
         a->att = take(arena, N * Q);
+        size_t end = arena->used;
+        if (l == layers) arena->used = attention;  // gradients of attention and of the MLP never live together
         a->fc = take(arena, N * 4 * C);
+        if (arena->used < end) arena->used = end;
         if (l == layers) break;
         a->lse = take(arena, N * c->NH);
         a->x_mid = take(arena, N * C);
@@ -1438,7 +1447,7 @@ static void place_acts(Model *m, Arena *arena, int T, int training) {
     m->norm = take(arena, N * C);
     m->latent = take(arena, N * c->R);
     m->q_latent = take(arena, N * c->RQ);
-    m->gelu = take(arena, N * 4 * C);
+    m->gelu = training ? m->d.fc : take(arena, N * 4 * C);  // a forward has no use for gradients' room
     m->proj = take(arena, N * C);
     m->logits = take(arena, (size_t)m->head_rows * c->V);
     m->row_loss = take(arena, m->head_rows);
@@ -1528,8 +1537,8 @@ static void block_backward(Model *m, int l, Acts *acts, int B, int T) {
     norm_forward(m->norm, acts->x_mid, C, w[LN2_W], w[LN2_B], N, C, LAYERNORM);
     const real *d_proj = residual_backward(m, m->proj, m->d.x, (long)N * C, 2 * l + 2);
     linear_backward_input(m->d.fc, d_proj, w[MPROJ_W], N, 4 * C, C, 0);
-    gelu_backward(m->d.fc, m->gelu, acts->fc, (long)N * 4 * C);
-    linear_backward_weight(m, g[MPROJ_W], g[MPROJ_B], d_proj, m->gelu, N, 4 * C, C);
+    gelu_backward(m->d.fc, acts->fc, (long)N * 4 * C);
+    linear_backward_weight(m, g[MPROJ_W], g[MPROJ_B], d_proj, acts->fc, N, 4 * C, C);
     linear_backward_weight(m, g[FC_W], g[FC_B], m->d.fc, m->norm, N, C, 4 * C);
     linear_backward_input(m->d_norm, m->d.fc, w[FC_W], N, C, 4 * C, 0);
     norm_backward(m, m->d.x, g[LN2_W], g[LN2_B], m->d_norm, acts->x_mid, C, w[LN2_W], N, C, LAYERNORM);

@@ -56,7 +56,7 @@ static void norm_b(Work *w) {
 }
 
 static void gelu_f(Work *w) { gelu_forward(w->m->gelu, w->m->acts[0].fc, (long)w->B * w->T * 4 * w->m->c.C); }
-static void gelu_b(Work *w) { gelu_backward(w->m->d.fc, w->m->gelu, w->m->acts[0].fc, (long)w->B * w->T * 4 * w->m->c.C); }
+static void gelu_b(Work *w) { gelu_backward(w->m->d.fc, w->m->acts[0].fc, (long)w->B * w->T * 4 * w->m->c.C); }
 static void residual_f(Work *w) { residual_forward(w->m, w->m->acts[0].x_mid, w->m->acts[0].x, w->m->proj, (long)w->B * w->T * w->m->c.C, 1); }
 static void head(Work *w) { head_loss(w->m, w->y, w->B * w->T, 1e-3); }
 
