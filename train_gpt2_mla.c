@@ -1626,12 +1626,13 @@ static double forward_loss(Model *m, const int *tokens, const int *targets, int 
 // The Euclidean norm of all gradients together (28).
 static double gradient_norm(const Model *m) {
     double sums[PIECES], total = 0;
+    const real *g = m->grads;  // read from m in the loop, it would keep compilers from vectors
     #pragma omp parallel for
     for (int p = 0; p < PIECES; p++) {
         size_t from = m->block * p / PIECES, to = m->block * (p + 1) / PIECES;
         double sum = 0;
         #pragma omp simd reduction(+:sum)
-        for (size_t k = from; k < to; k++) sum += (double)m->grads[k] * m->grads[k];
+        for (size_t k = from; k < to; k++) sum += (double)g[k] * g[k];
         sums[p] = sum;
     }
     for (int p = 0; p < PIECES; p++) total += sums[p];
