@@ -1694,9 +1694,10 @@ static double learning_rate_at(const Schedule *s, long step) {
 
 static FILE *open_regular(const char *path, size_t *size) {
     struct stat st;
-    FILE *f = stat(path, &st) || !S_ISREG(st.st_mode) ? NULL : fopen(path, "rb");
-    if (!f && !stat(path, &st) && !S_ISREG(st.st_mode))
+    int found = !stat(path, &st);  // opening a pipe would wait for its writer
+    if (found && !S_ISREG(st.st_mode))
         fail(1, "%s: found a %s, expected a regular file", path, S_ISDIR(st.st_mode) ? "folder" : "pipe or device");
+    FILE *f = found ? fopen(path, "rb") : NULL;
     if (!f) fail(1, "%s: cannot open: %s", path, strerror(errno));
     *size = st.st_size;
     return f;
