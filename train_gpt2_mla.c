@@ -140,7 +140,7 @@ static uint32_t hash_bytes(const void *bytes, long n) {  // FNV-1a
     return hash;
 }
 
-static double random_uniform(uint64_t key, uint64_t i) {  // in (0, 1)
+static double random_uniform(uint64_t key, uint64_t i) {  // in (0, 1]
     return ((random_bits(key, i) >> 11) + 0.5) * 0x1p-53;
 }
 
@@ -198,7 +198,7 @@ static void config_complete(Config *c, int status, const char *where) {
     if (c->position == ROPE && c->HS % 2)
         fail(status, "%s: head size %d (channels / heads): position rope turns pairs, expected an even one", where, c->HS);
     int rd = c->position == LEARNED ? 0 : c->position == ROPE ? c->HS : -1;
-    if (c->RD == -1) c->RD = rd != -1 ? rd : c->HS / 4 * 2;  // even
+    if (c->RD == -1) c->RD = rd != -1 ? rd : max_int(2, c->HS / 4 * 2);  // even
     if (rd != -1 && c->RD != rd)
         fail(status, "%s: rope-dim %d: position %s needs %d", where, c->RD, position, rd);
     if (c->RD % 2 || (rd == -1 && (c->RD < 2 || c->RD >= c->HS)))
@@ -228,7 +228,7 @@ static void config_complete(Config *c, int status, const char *where) {
 enum { CACHE_FULL, CACHE_LATENT, CACHE_ABSORBED };
 static const char *const cache_names[] = {"full", "latent", "absorbed", NULL};
 
-static int cache_mode(const Config *c) { return c->attention == MLA ? CACHE_ABSORBED : CACHE_FULL; }  // the best
+static int cache_mode(const Config *c) { return c->attention == MLA ? CACHE_ABSORBED : CACHE_FULL; }  // the smallest
 
 // Floats that it keeps per token, all layers together (24). The shared rotary key is kept once.
 static long cache_floats(const Config *c, int mode) {
@@ -346,7 +346,7 @@ typedef struct {
     real *x_final;                 // (N, C) the residual stream after the last block
     real *norm;                    // (N, C) output of the norm at hand
     real *latent, *q_latent;       // (N, R), (N, RQ) normed latents of the layer at hand
-    real *gelu;                    // (N, 4C) output of GELU
+    real *gelu;                    // (N, 4C) output of GELU; when training, the room of d.fc
     real *proj;                    // (N, C) output of c_proj, or (dropout) the gradient of one
     real *logits, *row_loss;       // (head_rows, V) a slice of the logits, then their gradient; (head_rows)
     real *rooms;                   // per thread room_size reals, where attention works (chapter 5)
@@ -450,7 +450,7 @@ static void model_init(Model *m, uint64_t seed) {
 // tile reads them strictly one after the other: panel p of a holds its rows p*MR .. p*MR+MR-1,
 // and within it step k's MR numbers are adjacent; likewise b by NR columns. One panel of b
 // (16 KB with vectors of 8) stays in the first-level cache, a block of a in the second. Copying also
-// absorbs transposes (a stride decides, not the code) and pads ragged edges with zeros.
+// absorbs transposes (a stride decides, not the code) and makes the last panel whole.
 // (In this chapter M, N, K are rows, columns and the length of the sums.)
 //
 // Every element of c is summed by one thread, in an order that the shapes alone decide: results do
@@ -515,7 +515,7 @@ static inline void tile(const int rows, const int vectors, int K, const real *a,
 // Packs n lines of K numbers (line i, number k at src[i*line + k*deep]) into panels of W lines:
 // number k of line i goes to dst[(i/W)*W*K + k*W + i%W]. Inlined, so that W is a constant.
 static inline void pack(real *dst, const real *src, long line, long deep, int n, int K, const int W) {
-    if (n % W) memset(dst + (long)(n - n % W) * K, 0, sizeof(real) * W * K);
+    if (n % W) memset(dst + (long)(n - n % W) * K, 0, sizeof(real) * W * K);  // stale numbers might be subnormal: slow
     if (deep == 1) {  // a transpose, done in squares that stay in registers
         const int S = W < 8 ? W : 8;
         for (int i = 0; i < n; i += S)
@@ -553,7 +553,7 @@ static real b_shared[NC * KC];                       // the block of b that all 
 
 // --- Tiles over whole matrices, within one thread
 
-// c (M, N) = start + a b. a is packed if its blocks of MR rows are a_panel numbers apart; else it is read as
+// c (M, N) = start + a b. Row i of a starts at a.p + i/MR*a_panel + i%MR*a.row: packed, or (a_panel MR*a.row) as
 // it lies, which is as good where it is small or each of its numbers is used a few times only. b is packed
 // by NR columns (b_row NR), `panel` numbers from one panel to the next; or it lies in rows (panel NR),
 // which must be readable up to NR numbers past the last. Tiles that stick out of c go through one of their own.
@@ -863,32 +863,22 @@ static real exp_row(real *x, int n, real scale, real max) {
 
 #define GELU_2U(x) ((real)1.5957691216057308 * ((x) + (real)0.044715 * (x) * (x) * (x)))
 
-static void gelu_piece(real *y, const real *x, int n) {
-    #pragma omp simd
-    for (int i = 0; i < n; i++) y[i] = x[i] / (1 + fast_exp(-GELU_2U(x[i])));
-}
-
 // In fixed pieces, so that where a vector loop ends does not depend on the number of threads.
 static void gelu_forward(real *y, const real *x, long n) {
-    #pragma omp parallel for if (n > SMALL)
-    for (long i = 0; i < n; i += SMALL) gelu_piece(y + i, x + i, n - i < SMALL ? n - i : SMALL);
+    #pragma omp parallel for simd schedule(static, SMALL) if (parallel : n > SMALL)
+    for (long i = 0; i < n; i++) y[i] = x[i] / (1 + fast_exp(-GELU_2U(x[i])));
 }
 
 // dx = dy (s + x s (1 - s) (2u)') (7), over dy in place. Makes y = gelu(x) again, over x, which is of no
 // more use: the forward did not keep it, and both need s.
-static void gelu_backward_piece(real *dy, real *x, int n) {
-    #pragma omp simd
-    for (int i = 0; i < n; i++) {
+static void gelu_backward(real *dy, real *x, long n) {
+    #pragma omp parallel for simd schedule(static, SMALL) if (parallel : n > SMALL)
+    for (long i = 0; i < n; i++) {
         real s = 1 / (1 + fast_exp(-GELU_2U(x[i])));
         real slope = (real)1.5957691216057308 * (1 + (real)0.134145 * x[i] * x[i]);
         dy[i] *= s + x[i] * s * (1 - s) * slope;
         x[i] *= s;
     }
-}
-
-static void gelu_backward(real *dy, real *x, long n) {
-    #pragma omp parallel for if (n > SMALL)
-    for (long i = 0; i < n; i += SMALL) gelu_backward_piece(dy + i, x + i, n - i < SMALL ? n - i : SMALL);
 }
 
 // --- Dropout: a number is dropped with probability p, else scaled by 1/(1-p). Whether number i
@@ -982,12 +972,10 @@ typedef struct {
 // The matrix whose rows are the tokens from t on, of head h.
 static Mat tokens_of(View x, long t, int h) { return rows_of(element(x, t, h), x.token); }
 
-static View rope_part(const Heads *a) { return (View){a->q.p + a->nope, a->q.token, a->q.head}; }
-
 // Where a thread works. Widths: K = nope + rope, V = value.
 typedef struct {
     real *p, *ds;              // (STRIP, row) scores, then what softmax makes of them; their gradient
-    long row;                  // at least T; no multiple of 32, so that a column spreads over all of a cache
+    long row;                  // at least T in whole vectors; no multiple of 32, so that a column spreads over all of a cache
     real *keys, *dk;           // (T, K) each key's two parts joined; their gradient
     real *kt, *vt;             // k' (K, T), v' (V, T) in panels of NR tokens
     real *k, *v, *q, *d_out;   // (T, K), (T, V), (STRIP, K), (STRIP, V) in panels of NR columns
@@ -1041,13 +1029,14 @@ static void attention_forward(const Model *m, const Heads *a, View out, real *ls
                     for (int i = 0; i < rows; i++) {
                         int seen = i0 + i + 1, whole = whole_vectors(seen);  // keys 0 .. i0+i
                         real *pi = r.p + i * r.row;
-                        for (int j = seen; j < whole; j++) pi[j] = -INFINITY;
+                        for (int j = seen; j < whole; j++) pi[j] = -INFINITY;  // count as nothing beside the largest, e^0
                         real max = largest(pi, whole);
                         sums[i] = exp_row(pi, whole, scale, max);
                         for (int j = seen; j < keys; j++) pi[j] = 0;
                         lse[(first + i0 + i) * a->heads + h] = scale * max + (real)log(sums[i]);
                     }
-                    multiply_panels(element(out, first + i0, h), out.token, rows_of(r.p, r.row), r.v, end, rows, V, keys, NULL, 0);
+                    multiply_panels(element(out, first + i0, h), out.token, rows_of(r.p, r.row), r.v, end, rows, V, keys,
+                                    NULL, 0);
                     for (int i = 0; i < rows; i++)
                         for (int e = 0; e < V; e++) element(out, first + i0 + i, h)[e] *= 1 / sums[i];
                 }
@@ -1209,7 +1198,7 @@ static void rope_heads(const Model *m, const Heads *a, int N, int T, int first, 
         rotate(m, a->q, c->NH, N, T, first, sign);
         rotate(m, a->k, c->NKV, N, T, first, sign);
     } else if (c->position == DECOUPLED) {  // the last RD of a query head, the shared key
-        rotate(m, rope_part(a), c->NH, N, T, first, sign);
+        rotate(m, (View){a->q.p + a->nope, a->q.token, a->q.head}, c->NH, N, T, first, sign);
         rotate(m, a->k_rope, 1, N, T, first, sign);
     }
 }
@@ -1435,7 +1424,7 @@ static void place_acts(Model *m, Arena *arena, int T, int training) {
         a->kv_a = take(arena, N * KV_A);
         a->kv = take(arena, N * KV);
         a->att = take(arena, N * Q);
-        size_t end = arena->used;
+        size_t end = arena->used;  // what your attention keeps belongs above this line
         if (l == layers) arena->used = attention;  // gradients of attention and of the MLP never live together
         a->fc = take(arena, N * 4 * C);
         if (arena->used < end) arena->used = end;
@@ -1452,7 +1441,7 @@ static void place_acts(Model *m, Arena *arena, int T, int training) {
     m->logits = take(arena, (size_t)m->head_rows * c->V);
     m->row_loss = take(arena, m->head_rows);
     Arena room = {0};
-    place_room(&room, c->HS, c->HS, T);
+    place_room(&room, c->HS, c->HS, T);  // the widths of a key and of a value
     m->room_size = room.used;
     m->rooms = take(arena, omp_get_max_threads() * m->room_size);
     if (!training) return;
@@ -1470,7 +1459,7 @@ static void model_reserve(Model *m, int B, int T, int training) {
     if ((long)B * T > INT_MAX / widest)
         fail(1, "a batch of %d x %d tokens: expected at most %ld tokens for this model", B, T, INT_MAX / widest);
     m->max_N = B * T;
-    m->head_rows = min_int(m->max_N, max_int(max_int(B, 256), (1 << 20) / m->c.V));  // 4 MB of logits, or 256 rows
+    m->head_rows = min_int(m->max_N, max_int(max_int(B, 256), (1 << 20) / m->c.V));  // 4 MB of logits; at least 256 rows, and decoding's B
     m->acts = allocate(sizeof(Acts) * (training ? m->c.L : 1), "activations");
     Arena arena = {0};
     place_acts(m, &arena, T, training);
@@ -1658,7 +1647,7 @@ static void adamw_update(Model *m, const AdamW *o, double learning_rate, long st
         real *w = m->params + t->offset, *dw = m->grads + t->offset;
         real *am = m->adam_m + t->offset, *av = m->adam_v + t->offset;
         real keep = t->cols ? 1 - learning_rate * o->weight_decay : 1;
-        #pragma omp parallel for simd schedule(static, SMALL)
+        #pragma omp parallel for simd schedule(static, SMALL) if (parallel : t->size > SMALL)
         for (size_t k = 0; k < t->size; k++) {
             real g = dw[k] * scale;
             am[k] = b1 * am[k] + one_b1 * g;
@@ -1838,7 +1827,7 @@ static void print_token(const Tokenizer *t, int token) {
 enum { LETTER, DIGIT, SPACE, OTHER };
 
 static int character_class(unsigned char c) {  // bytes beyond ASCII are taken for letters
-    if ((c | 32) >= 'a' ? (c | 32) <= 'z' || c >= 128 : 0) return LETTER;
+    if (c >= 128 || ((c | 32) >= 'a' && (c | 32) <= 'z')) return LETTER;
     return c >= '0' && c <= '9' ? DIGIT : c == ' ' || (c >= '\t' && c <= '\r') ? SPACE : OTHER;
 }
 
@@ -2259,7 +2248,7 @@ static Config checkpoint_config(const Checkpoint *k) {
     }
     if (c.L < 1 || c.NH < 1 || c.C < 1 || c.block_size < 1 || c.V < 1)
         fail(1, "%s: layers, heads, channels, block_size and vocab_size must be at least 1", k->path);
-    if (c.L > k->n || c.C > 65536 || c.V > 65536 || 4.0 * c.V * c.C > k->data_size)
+    if (c.L > k->n || c.C > 65536 || c.V > 65536 || 4.0 * c.C * (c.V + 8.0 * c.C * c.L) > k->data_size)
         fail(1, "%s: %d layers, %d channels and a vocabulary of %d, more than its data holds", k->path, c.L, c.C, c.V);
     config_complete(&c, 1, k->path);
     return c;
@@ -2350,7 +2339,7 @@ typedef struct {
 } Sampling;
 
 // One token from the distribution softmax(logits / temperature) over the top_k likeliest (0: all);
-// temperature 0 takes the likeliest. u in (0, 1) decides. Overwrites logits; scratch (V).
+// temperature 0 takes the likeliest. u in (0, 1] decides. Overwrites logits; scratch (V).
 static int sample_token(real *logits, real *scratch, int V, const Sampling *how, double u) {
     int best = 0;
     for (int v = 1; v < V; v++) if (logits[v] > logits[best]) best = v;
@@ -2502,8 +2491,9 @@ static void print_evaluation(const Evaluation *e) {
 }
 
 static void print_duration(double s) {
-    if (s >= 3600) printf("%dh%02dm", (int)s / 3600, (int)s / 60 % 60);
-    else if (s >= 60) printf("%dm%02ds", (int)s / 60, (int)s % 60);
+    long t = s;
+    if (t >= 3600) printf("%ldh%02ldm", t / 3600, t / 60 % 60);
+    else if (t >= 60) printf("%ldm%02lds", t / 60, t % 60);
     else printf("%.0fs", s);
 }
 
@@ -2688,7 +2678,7 @@ static Option options[] = {
     {"--load", TEXT, &opt.load, .help = "checkpoint to start from"},
     {"modes (default: train)", .help = NULL},
     {"--eval", FLAG, &opt.eval, .help = "loss of the model --load over all validation data"},
-    {"--generate", INT, &opt.generate, 0, 1 << 24, .help = "tokens to generate with the model --load, prompt and all within its block size"},
+    {"--generate", INT, &opt.generate, 0, 1 << 24, .help = "tokens to generate with the model --load, prompt and all at most one token beyond its block size"},
     {"--prompt", TEXT, &opt.prompt, .help = "its text (empty: starts from the end-of-text token)"},
     {"--temperature", DOUBLE, &opt.temperature, 0, 1e3, .help = "of samples; 0 takes the likeliest token (0.8)"},
     {"--top-k", INT, &opt.top_k, 0, 65536, .help = "samples come from that many likeliest tokens, 0 for all (0)"},
