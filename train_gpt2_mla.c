@@ -2588,6 +2588,7 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
             checkpoint_save(m, o->save, saved = step, settings);
         }
     }
+    if (done && done == o->steps) printf("%s: all its %ld steps are done already\n", o->save, done);
     if (step > done) {
         printf("%ld steps in ", step - done);
         print_duration(seconds() - start);
@@ -2726,7 +2727,7 @@ static void parse_options(int argc, char **argv) {
         if (o == options + N_OPTIONS) fail(2, "%s: no such option; --help lists them", argv[i]);
         if (o->given++) fail(2, "%s: given twice", o->name);
         if (o->kind == FLAG) *(int *)o->at = 1;
-        else if (++i == argc) fail(2, "%s: its value is missing", o->name);
+        else if (++i == argc || (o->kind != TEXT && !strncmp(argv[i], "--", 2))) fail(2, "%s: its value is missing", o->name);
         else option_set(o, argv[i]);
     }
 }
@@ -2835,7 +2836,7 @@ int main(int argc, char **argv) {
             fail(1, "no data: run this in the repository, run `make shakespeare` first, or name a text with --train-data (--eval: "
                  "--val-data) FILE");
         train_data = data_load("train_gpt2_mla.c"), val_data = data_load("test_mla.c");
-        printf("No data prepared: learning this program's own text, byte by byte. For Shakespeare: make shakespeare\n");
+        printf("No data prepared: taking this program's own text, byte by byte. For Shakespeare: make shakespeare\n");
     } else {
         if (training) train_data = data_load(opt.train_data);
         if (opt.val_data) val_data = data_load(opt.val_data);
@@ -2876,7 +2877,7 @@ int main(int argc, char **argv) {
         for (size_t i = 0; was[i] && was[i] == is[i]; i++) if (was[i] == ' ' && i && was[i - 1] == ',') same = i + 1;
         was += same, is += same;
         if (strcmp(was, is))
-            fail(2, "%s: its run had %.*s; this one has %.*s", opt.save, (int)strcspn(was, ","), was, (int)strcspn(is, ","), is);
+            fail(2, "%s: its run had %.*s; this one has %.*s (--load starts another run from it)", opt.save, (int)strcspn(was, ","), was, (int)strcspn(is, ","), is);
         char *end;
         done = strtol(step, &end, 10);
         if (end == step || *end || done < 0 || done > opt.steps)

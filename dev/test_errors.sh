@@ -60,6 +60,7 @@ $RUN "$program" $tiny --train-data text --batch-size 2 --steps 2 --sample-every 
 row 2 '--layer: no such option; --help lists them' --layer 3
 row 2 'train: no such option; --help lists them' train
 row 2 '--layers: its value is missing' --layers
+row 2 '--layers: its value is missing' --layers --heads 2
 row 2 '--layers: given twice' --layers 3 --layers 3
 row 2 "--layers: 'x', expected a whole number from 1 to 1000" --layers x
 row 2 "--layers: '', expected a whole number from 1 to 1000" --layers ''
@@ -237,11 +238,11 @@ row 1 "tokens: token 263, expected less than the model's vocabulary, 256: made w
 
 row 1 'missing: cannot open: No such file or directory' --resume --save missing --train-data text
 row 1 "model: a model without a run's state, nothing to resume (--load starts from it)" --resume --save model --train-data text
-row 2 'run: its run had batch 2 x 1 x 8; this one has batch 3 x 1 x 8' $tiny --resume --save run --train-data text --batch-size 3 --steps 2
-row 2 'run: its run had steps 2; this one has steps 9' $tiny --resume --save run --train-data text --batch-size 2 --steps 9
-row 2 'run: its run had dropout 0; this one has dropout 0.5' $tiny --resume --save run --train-data text --batch-size 2 --steps 2 --dropout 0.5
+row 2 'run: its run had batch 2 x 1 x 8; this one has batch 3 x 1 x 8 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 3 --steps 2
+row 2 'run: its run had steps 2; this one has steps 9 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 2 --steps 9
+row 2 'run: its run had dropout 0; this one has dropout 0.5 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 2 --steps 2 --dropout 0.5
 cat text text >text2
-row 2 'run: its run had training data 43 tokens (hash 2e92b355); this one has training data 86 tokens (hash 77093f25)' $tiny --resume --save run --train-data text2 --batch-size 2 --steps 2
+row 2 'run: its run had training data 43 tokens (hash 2e92b355); this one has training data 86 tokens (hash 77093f25) (--load starts another run from it)' $tiny --resume --save run --train-data text2 --batch-size 2 --steps 2
 checkpoint run 's/"step":"2"/"step":"3"/' >step.3
 row 1 "step.3: step '3', expected a number from 0 to 2" $tiny --resume --save step.3 --train-data text --batch-size 2 --steps 2
 checkpoint run 's/"adam.v.wte.weight"/"adam.x.wte.weight"/' >no.moments
