@@ -305,7 +305,7 @@ until_stopped TERM --resume
 holds "signal: the checkpoint opens" $RUN "$program" --load stopped --eval --val-data text
 rm stopped stopped.csv
 rm out
-$RUN "$program" $tiny --train-data text --steps 9 --grad-accum 65536 --save stopped >out 2>err &  # steps without end
+$RUN "$program" $tiny --train-data text --steps 9 --grad-accum 65536 --batch-size 100 --save stopped >out 2>err &  # steps without end
 until grep -qs threads out || ! kill -0 $!; do sleep 0.1; done
 kill -s TERM $!; sleep 0.3; kill -s TERM $!
 wait $!
