@@ -513,9 +513,9 @@ static inline void tile(const int rows, const int vectors, int K, const real *a,
 }
 
 // Packs n lines of K numbers (line i, number k at src[i*line + k*deep]) into panels of W lines:
-// number k of line i goes to dst[(i/W)*W*K + k*W + i%W]. Inlined, so that W is a constant.
+// number k of line i goes to dst[(i/W)*W*K + k*W + i%W]. A last panel of fewer lines keeps what it had in their
+// place: it meets only sums that are never stored. Inlined, so that W is a constant.
 static inline void pack(real *dst, const real *src, long line, long deep, int n, int K, const int W) {
-    if (n % W) memset(dst + (long)(n - n % W) * K, 0, sizeof(real) * W * K);  // stale numbers might be subnormal: slow
     if (deep == 1) {  // a transpose, done in squares that stay in registers
         const int S = W < 8 ? W : 8;
         for (int i = 0; i < n; i += S)
@@ -1459,7 +1459,8 @@ static void model_reserve(Model *m, int B, int T, int training) {
     if ((long)B * T > INT_MAX / widest)
         fail(1, "a batch of %d x %d tokens: expected at most %ld tokens for this model", B, T, INT_MAX / widest);
     m->max_N = B * T;
-    m->head_rows = min_int(m->max_N, max_int(max_int(B, 256), (1 << 20) / m->c.V));  // 4 MB of logits; at least 256 rows, and decoding's B
+    // 4 MB of logits, but at least 256 rows and, for decoding, B
+    m->head_rows = min_int(m->max_N, max_int(max_int(B, 256), (1 << 20) / m->c.V));
     m->acts = allocate(sizeof(Acts) * (training ? m->c.L : 1), "activations");
     Arena arena = {0};
     place_acts(m, &arena, T, training);
@@ -2528,7 +2529,7 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
     int B = o->batch_size, T = o->seq_len, live = isatty(1);
     int *x = allocate(2 * sizeof(int) * B * T, "batch"), *y = x + B * T;
     Schedule schedule = {o->schedule, o->steps, o->warmup, o->learning_rate, o->min_lr};
-    long step = done, saved = o->resume ? done : -1;  // steps done, and of them in the checkpoint
+    long step = done, saved = done;  // steps done; and those in the checkpoint, which without a step needs no saving
     Cache *cache = o->sample_every ? cache_create(m, cache_mode(&m->c), 1, T) : NULL;  // for samples
     Sampling how = {o->temperature, o->top_k};
     int start_token = min_int(tokenizer->eot, m->c.V - 1);
@@ -2599,7 +2600,8 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
     if (o->save && step > done) printf("saved %s\n", o->save);
     if (stop_signal && step < o->steps) {
         printf("stopped by signal %d after step %ld%s\n", (int)stop_signal, step,
-               o->save ? "; the same command with --resume goes on from there" : ", nothing saved without --save FILE");
+               !o->save ? ", nothing saved without --save FILE" : step == 0 ? ", nothing to save yet"
+               : "; the same command with --resume goes on from there");
         exit(128 + stop_signal);
     }
     if (log) fclose(log);
@@ -2679,7 +2681,7 @@ static Option options[] = {
     {"--load", TEXT, &opt.load, .help = "checkpoint to start from"},
     {"modes (default: train)", .help = NULL},
     {"--eval", FLAG, &opt.eval, .help = "loss of the model --load over all validation data"},
-    {"--generate", INT, &opt.generate, 0, 1 << 24, .help = "tokens to generate with the model --load, prompt and all at most one token beyond its block size"},
+    {"--generate", INT, &opt.generate, 0, 1 << 24, .help = "tokens to make with the model --load; with the prompt at most its block size and one"},
     {"--prompt", TEXT, &opt.prompt, .help = "its text (empty: starts from the end-of-text token)"},
     {"--temperature", DOUBLE, &opt.temperature, 0, 1e3, .help = "of samples; 0 takes the likeliest token (0.8)"},
     {"--top-k", INT, &opt.top_k, 0, 65536, .help = "samples come from that many likeliest tokens, 0 for all (0)"},
@@ -2877,7 +2879,8 @@ int main(int argc, char **argv) {
         for (size_t i = 0; was[i] && was[i] == is[i]; i++) if (was[i] == ' ' && i && was[i - 1] == ',') same = i + 1;
         was += same, is += same;
         if (strcmp(was, is))
-            fail(2, "%s: its run had %.*s; this one has %.*s (--load starts another run from it)", opt.save, (int)strcspn(was, ","), was, (int)strcspn(is, ","), is);
+            fail(2, "%s: its run had %.*s; this one has %.*s (--load starts another run from it)", opt.save,
+                 (int)strcspn(was, ","), was, (int)strcspn(is, ","), is);
         char *end;
         done = strtol(step, &end, 10);
         if (end == step || *end || done < 0 || done > opt.steps)

@@ -195,6 +195,8 @@ checkpoint model 's/"n_layer":"1"/"n_layer":"0"/' >layers.0
 row 1 'layers.0: layers, heads, channels, block_size and vocab_size must be at least 1' --load layers.0 --train-data text
 checkpoint model 's/"n_layer":"1"/"n_layer":"1000000"/' >layers.many
 row 1 'layers.many: 1000000 layers, 8 channels and a vocabulary of 256, more than its data holds' --load layers.many --train-data text
+checkpoint model 's/"n_embd":"8"/"n_embd":"32"/;s/"vocab_size":"256"/"vocab_size":"2"/' >wide
+row 1 'wide: 1 layers, 32 channels and a vocabulary of 2, more than its data holds' --load wide --train-data text
 checkpoint model 's/"attention":"mha"/"attention":"flash"/' >kind
 row 1 'kind: attention is flash, which this program does not know' --load kind --train-data text
 checkpoint model 's/"dtype":"F32"/"dtype":"BF16"/' >bf16
@@ -241,6 +243,8 @@ row 1 "model: a model without a run's state, nothing to resume (--load starts fr
 row 2 'run: its run had batch 2 x 1 x 8; this one has batch 3 x 1 x 8 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 3 --steps 2
 row 2 'run: its run had steps 2; this one has steps 9 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 2 --steps 9
 row 2 'run: its run had dropout 0; this one has dropout 0.5 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 2 --steps 2 --dropout 0.5
+$RUN "$program" $tiny --resume --save run --train-data text --batch-size 2 --steps 2 --sample-every 0 >out
+holds "a finished run: says so" grep -qx 'run: all its 2 steps are done already' out
 cat text text >text2
 row 2 'run: its run had training data 43 tokens (hash 2e92b355); this one has training data 86 tokens (hash 77093f25) (--load starts another run from it)' $tiny --resume --save run --train-data text2 --batch-size 2 --steps 2
 checkpoint run 's/"step":"2"/"step":"3"/' >step.3
@@ -305,7 +309,7 @@ until_stopped TERM --resume
 holds "signal: the checkpoint opens" $RUN "$program" --load stopped --eval --val-data text
 rm stopped stopped.csv
 rm out
-$RUN "$program" $tiny --train-data text --steps 9 --grad-accum 65536 --batch-size 100 --save stopped >out 2>err &  # steps without end
+$RUN "$program" $tiny --train-data text --steps 9 --grad-accum 65536 --save stopped >out 2>err &  # steps without end
 until grep -qs threads out || ! kill -0 $!; do sleep 0.1; done
 kill -s TERM $!; sleep 0.3; kill -s TERM $!
 wait $!
