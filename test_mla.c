@@ -72,7 +72,7 @@ static void matmul_plain(double *c, double *size, Mat a, Mat b, int M, int N, in
 static void test_matmul(void) {
     static const int shapes[][3] = {{1, 1, 1}, {1, 7, 5}, {2, 3, 400}, {5, 33, 1}, {6, 16, 8}, {7, 17, 9}, {8, 32, 384},
         {13, 64, 385}, {63, 31, 100}, {64, 129, 70}, {65, 1, 65}, {97, 75, 33}, {130, 1025, 3}, {3, 2050, 17}, {66, 40, 800},
-        {9, 270, 30}, {130, 300, 9}, {3, 5, 13000}};
+        {9, 270, 30}, {130, 300, 9}, {3, 5, 40000}};
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
         int M = shapes[s][0], N = shapes[s][1], K = shapes[s][2], pad = 3;
         long c_row = N + pad;  // rows of c lie apart: what is between them must stay

@@ -446,11 +446,12 @@ static void model_init(Model *m, uint64_t seed) {
 // previous multiply-add and there are two units: at least 8 independent sums keep them busy.
 //
 // Loads wait for memory. Columns of a and b lie far apart, and both are too large for the fast
-// caches. Cure: PACKED PANELS. Blocks of a (MC x KC) and b (KC x NC) are copied so that the
-// tile reads them strictly one after the other: panel p of a holds its rows p*MR .. p*MR+MR-1,
-// and within it step k's MR numbers are adjacent; likewise b by NR columns. One panel of b
-// (16 KB with vectors of 8) stays in the first-level cache, a block of a in the second. Copying also
-// absorbs transposes (a stride decides, not the code) and makes the last panel whole.
+// caches. Cure: PACKED PANELS. Blocks of b (KC x NC) are copied so that the tile reads them strictly
+// one after the other: panel p holds columns p*NR .. p*NR+NR-1, and within it step k's NR numbers are
+// adjacent. One panel (16 KB with vectors of 8) stays in the first-level cache while a block of a, MC x KC,
+// passes by in the second. Copying also absorbs transposes (a stride decides, not the code) and makes
+// the last panel whole. a itself is read where it lies if its rows are contiguous: MR of them are MR
+// streams. If its columns are, each step would touch another page, and a is packed by MR rows.
 // (In this chapter M, N, K are rows, columns and the length of the sums.)
 //
 // Every element of c is summed by one thread, in an order that the shapes alone decide: results do
@@ -512,9 +513,9 @@ static inline void tile(const int rows, const int vectors, int K, const real *a,
             *(vec *)(c + i * c_row + j * VW) = acc[i][j];
 }
 
-// Packs n lines of K numbers (line i, number k at src[i*line + k*deep]) into panels of W lines:
-// number k of line i goes to dst[(i/W)*W*K + k*W + i%W]. A last panel of fewer lines keeps what it had in their
-// place: it meets only sums that are never stored. Inlined, so that W is a constant.
+// Packs n lines of K numbers (line i, number k at src[i*line + k*deep], one of the two being 1) into panels of W
+// lines: number k of line i goes to dst[(i/W)*W*K + k*W + i%W]. A last panel of fewer lines keeps what it had in
+// their place: it meets only sums that are never stored. Inlined, so that W is a constant.
 static inline void pack(real *dst, const real *src, long line, long deep, int n, int K, const int W) {
     if (deep == 1) {  // a transpose, done in squares that stay in registers
         const int S = W < 8 ? W : 8;
@@ -537,19 +538,19 @@ static inline void pack(real *dst, const real *src, long line, long deep, int n,
     } else {
         for (int k = 0; k < K; k++)
             for (int i = 0; i < n; i += W) {
-                const real *s = src + k * deep + i * line;
+                const real *s = src + k * deep + i;
                 __builtin_prefetch(s + 12 * deep);  // rows far apart: the processor does not foresee them
                 real *d = dst + (long)i * K + k * W;
                 if (i + W <= n)
-                    for (int y = 0; y < W; y++) d[y] = s[y * line];
+                    for (int y = 0; y < W; y++) d[y] = s[y];
                 else
-                    for (int y = 0; y < n - i; y++) d[y] = s[y * line];
+                    for (int y = 0; y < n - i; y++) d[y] = s[y];
             }
     }
 }
 
-static _Thread_local real a_panels[MC * KC];         // a thread's block of a
-static real b_shared[NC * KC];                       // the block of b that all threads share
+static _Thread_local real own[MC * KC];              // panels of a thread's own
+static real shared[NC * KC];                         // panels of b that all threads read
 
 // --- Tiles over whole matrices, within one thread
 
@@ -636,15 +637,15 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, c
             for (int k = 0; k < K; k += MC * KC / VW) {
                 int rows = min_int(VW, M - m), kc = min_int(MC * KC / VW, K - k);
                 real *cm = c + m * c_row;
-                pack(a_panels, a.p + m * a.row + k, a.row, 1, rows, kc, VW);
-                few_by_columns(cm, c_row, a_panels, (Mat){b.p + k, 1, b.col}, rows, N, kc,
+                pack(own, a.p + m * a.row + k, a.row, 1, rows, kc, VW);
+                few_by_columns(cm, c_row, own, (Mat){b.p + k, 1, b.col}, rows, N, kc,
                                k ? cm : start ? start + m * start_row : NULL, k ? c_row : start_row);
             }
 }
 
 enum { FEW = 16, COLUMNS = 8 * MR };  // rows that are few; columns to a piece of work for them
 
-// matmul for few rows: threads share out the columns of c, and the panels of a, which b_shared holds.
+// matmul for few rows: threads share out the columns of c, and the panels of a, which shared holds.
 static void matmul_thin(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
     #pragma omp parallel
     {
@@ -652,7 +653,7 @@ static void matmul_thin(real *c, long c_row, Mat a, Mat b, int M, int N, int K, 
             #pragma omp for
             for (int k = 0; k < K; k += COLUMNS)
                 for (int m = 0; m < M; m += VW)
-                    pack(b_shared + (long)m * K + k * VW, a.p + m * a.row + k, a.row, 1, min_int(VW, M - m),
+                    pack(shared + (long)m * K + k * VW, a.p + m * a.row + k, a.row, 1, min_int(VW, M - m),
                          min_int(COLUMNS, K - k), VW);
         }
         #pragma omp for
@@ -660,18 +661,35 @@ static void matmul_thin(real *c, long c_row, Mat a, Mat b, int M, int N, int K, 
             Mat columns = {b.p + j * b.col, 1, b.col};
             int n = min_int(COLUMNS, N - j);
             const real *s = start ? start + j : NULL;
-            if (M > 1) few_by_columns(c + j, c_row, b_shared, columns, M, n, K, s, start_row);
+            if (M > 1) few_by_columns(c + j, c_row, shared, columns, M, n, K, s, start_row);
             else few_dots(c + j, a.p, columns, n, K, s);
         }
     }
 }
 
+// matmul where c is wide: threads share out its columns. Each packs the panels of b that it needs, so none reads what
+// another has just written, which costs more than arithmetic where a panel meets few rows.
+static void matmul_wide(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
+    #pragma omp parallel for schedule(dynamic)
+    for (int j = 0; j < N; j += NR)
+        for (int k = 0; k < K; k += KC) {
+            int n = min_int(NR, N - j), kc = min_int(KC, K - k);
+            const real *s = k ? c + j : start ? start + j : NULL;
+            pack(own, b.p + j * b.col + k * b.row, b.col, b.row, n, kc, NR);
+            multiply_panels(c + j, c_row, rows_of(a.p + k, a.row), own, kc, M, n, kc, s, k ? c_row : start_row);
+        }
+}
+
 // c (M, N) = start + a (M, K) b (K, N), by all threads; c's rows are c_row apart. For start see
-// tile. Blocks of c's rows are the unit of work.
+// tile. Blocks of c's rows are the unit of work, unless they are few.
 static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start,
                    long start_row) {
     if (M <= FEW && a.col == 1 && b.row == 1 && K <= NC * KC / FEW) {
         matmul_thin(c, c_row, a, b, M, N, K, start, start_row);
+        return;
+    }
+    if (M < N && a.col == 1) {
+        matmul_wide(c, c_row, a, b, M, N, K, start, start_row);
         return;
     }
     int block = max_int(MR, min_int(MC, (M / omp_get_max_threads() + MR - 1) / MR * MR));  // rows; enough blocks for all
@@ -681,7 +699,7 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
             int nc = min_int(NC, N - j0), kc = min_int(KC, K - k0);
             #pragma omp for
             for (int j = 0; j < nc; j += NR)
-                pack(b_shared + (long)j * kc, b.p + (j0 + j) * b.col + k0 * b.row, b.col, b.row,
+                pack(shared + (long)j * kc, b.p + (j0 + j) * b.col + k0 * b.row, b.col, b.row,
                      min_int(NR, nc - j), kc, NR);
             #pragma omp for schedule(dynamic)
             for (int i0 = 0; i0 < M; i0 += block) {
@@ -689,9 +707,13 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
                 real *c0 = c + i0 * c_row + j0;
                 long s_row = k0 ? c_row : start_row;
                 const real *s0 = k0 ? c0 : start ? start + i0 * start_row + j0 : NULL;
-                pack(a_panels, a.p + i0 * a.row + k0 * a.col, a.row, a.col, mc, kc, MR);
-                multiply_blocks(c0, c_row, (Mat){a_panels, 1, MR}, (long)MR * kc, b_shared, NR, (long)kc * NR, mc, nc, kc,
-                                s0, s_row);
+                Mat block_a = {a.p + i0 * a.row + k0 * a.col, a.row, a.col};
+                long a_panel = MR * a.row;
+                if (a.col != 1) {
+                    pack(own, block_a.p, a.row, a.col, mc, kc, MR);
+                    block_a = (Mat){own, 1, MR}, a_panel = (long)MR * kc;
+                }
+                multiply_blocks(c0, c_row, block_a, a_panel, shared, NR, (long)kc * NR, mc, nc, kc, s0, s_row);
             }
         }
 }

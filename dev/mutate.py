@@ -79,7 +79,7 @@ MUTATIONS = [
     ("tile", "a += a_step", "a += MR", "a taken for packed"),
     ("pack", "square[x][y] = s[y * line + x]", "square[y][x] = s[y * line + x]", "the square not transposed"),
     ("pack", "(long)(i / W) * W * K + i % W + k * W", "(long)(i / W) * W * K + k * W", "wide panels: second square on the first"),
-    ("pack", "src + k * deep + i * line", "src + k * line + i * line", "stride between numbers"),
+    ("pack", "src + k * deep + i;", "src + k * line + i;", "stride between numbers"),
     ("pack", "min_int(8, K - k)", "min_int(7, K - k)", "the last k of a ragged square"),
     ("pack", "y < n - i; y++) d[y]", "y < n - i - 1; y++) d[y]", "last line of a ragged panel"),
     ("multiply_blocks", "b += panel", "b += NR", "panels of b taken for rows"),
@@ -100,6 +100,12 @@ MUTATIONS = [
     ("matmul_few", "k ? c_row : start_row", "start_row", "later blocks of k from the first row"),
     ("matmul_thin", "a.p + m * a.row + k,", "a.p + m * a.row,", "every block of a is the first"),
     ("matmul_thin", "(long)m * K + k * VW", "(long)m * K + k * MR", "panels of a overlap"),
+    ("matmul_wide", "k ? c + j : start ?", "start ?", "later blocks of k start afresh"),
+    ("matmul_wide", "k ? c_row : start_row", "start_row", "later blocks of k with the bias's stride"),
+    ("matmul_wide", "start ? start + j : NULL", "start", "bias of the first columns for all"),
+    ("matmul_wide", "a.p + k, a.row", "a.p, a.row", "every block of a is the first"),
+    ("matmul_wide", "+ k * b.row", "", "every block of b is the first"),
+    ("matmul", "M < N && a.col == 1", "M < N", "wide, though a is transposed"),
     ("matmul", "&& K <= NC * KC / FEW", "", "a longer than its room"),
     ("matmul", "M <= FEW && a.col == 1", "M <= FEW", "few rows, though a is transposed"),
     ("matmul_thin", "start ? start + j : NULL", "start", "bias of the first columns for all"),
@@ -467,7 +473,6 @@ MUTATIONS = [
 
 # Changes that change no result, to show that the tests do not just always fail; `what` is why.
 HARMLESS = [
-    ("pack", "src + k * deep + i * line", "src + k * deep + i", "of a matrix's two strides one is 1, and deep is not"),
     ("largest", "i + 16 <= n", "i + 16 < n", "the last loop takes what the first leaves"),
     ("learning_rate_at", "step < s->warmup", "step <= s->warmup", "where the warm-up ends both rules give the peak"),
     ("model_create", "double angle = t *", "double angle = (t + 1) *", "turned queries meet turned keys: only differences count"),
