@@ -105,7 +105,7 @@ MUTATIONS = [
     ("matmul_wide", "start ? start + j : NULL", "start", "bias of the first columns for all"),
     ("matmul_wide", "a.p + k, a.row", "a.p, a.row", "every block of a is the first"),
     ("matmul_wide", "+ k * b.row", "", "every block of b is the first"),
-    ("matmul", "M < N && a.col == 1", "M < N", "wide, though a is transposed"),
+    ("matmul", "4 * MC && a.col == 1", "4 * MC", "wide, though a is transposed"),
     ("matmul", "&& K <= NC * KC / FEW", "", "a longer than its room"),
     ("matmul", "M <= FEW && a.col == 1", "M <= FEW", "few rows, though a is transposed"),
     ("matmul_thin", "start ? start + j : NULL", "start", "bias of the first columns for all"),
