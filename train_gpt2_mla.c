@@ -643,7 +643,7 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, c
             }
 }
 
-enum { FEW = 16, COLUMNS = 8 * MR };  // rows that are few; columns to a piece of work for them
+enum { FEW = 16, COLUMNS = 8 * MR, GROUP = 8 * MC };  // rows that are few; columns or rows to a piece of work
 
 // matmul for few rows: threads share out the columns of c, and the panels of a, which shared holds.
 static void matmul_thin(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
@@ -667,33 +667,47 @@ static void matmul_thin(real *c, long c_row, Mat a, Mat b, int M, int N, int K, 
     }
 }
 
-// matmul where c is wide and so low that KC columns of a fit into the second-level cache: threads share out its
-// columns. Each packs the panels of b that it needs, so that none reads what another has just written: for panels
-// that meet a few hundred rows this takes a fifth of the time.
-static void matmul_wide(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
-    #pragma omp parallel for schedule(dynamic)
-    for (int j = 0; j < N; j += NR)
-        for (int k = 0; k < K; k += KC) {
-            int n = min_int(NR, N - j), kc = min_int(KC, K - k);
-            const real *s = k ? c + j : start ? start + j : NULL;
-            pack(own, b.p + j * b.col + k * b.row, b.col, b.row, n, kc, NR);
-            multiply_panels(c + j, c_row, rows_of(a.p + k, a.row), own, kc, M, n, kc, s, k ? c_row : start_row);
+// matmul by panels of b: each thread packs the panel that it needs next and uses it up, so that none reads what another
+// has just written. That pays where a thread would meet a panel with few rows. a is read as it lies, in groups of rows
+// that fit into the second-level cache; or, if it has to be packed, all threads do so for KC of its columns at a time.
+static void matmul_panels(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
+    int packed = a.col != 1, depth = packed ? KC : K, height = packed ? M : GROUP;
+    #pragma omp parallel
+    for (int k0 = 0; k0 < K; k0 += depth) {
+        if (packed) {
+            int kc = min_int(KC, K - k0);
+            #pragma omp for
+            for (int i = 0; i < M; i += MR)
+                pack(shared + (long)i * kc, a.p + i * a.row + k0 * a.col, a.row, a.col, min_int(MR, M - i), kc, MR);
         }
+        #pragma omp for collapse(2) schedule(dynamic)
+        for (int i = 0; i < M; i += height)
+            for (int j = 0; j < N; j += NR)
+                for (int k = k0; k < min_int(k0 + depth, K); k += KC) {
+                    int m = min_int(height, M - i), n = min_int(NR, N - j), kc = min_int(KC, K - k);
+                    real *cij = c + i * c_row + j;
+                    const real *s = k ? cij : start ? start + i * start_row + j : NULL;
+                    Mat columns = packed ? (Mat){shared, 1, MR} : rows_of(a.p + i * a.row + k, a.row);
+                    pack(own, b.p + j * b.col + k * b.row, b.col, b.row, n, kc, NR);
+                    multiply_blocks(cij, c_row, columns, MR * (packed ? kc : a.row), own, NR, 0, m, n, kc, s, k ? c_row : start_row);
+                }
+    }
 }
 
 // c (M, N) = start + a (M, K) b (K, N), by all threads; c's rows are c_row apart. For start see
-// tile. Blocks of c's rows are the unit of work, unless they are few.
-static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start,
-                   long start_row) {
+// tile. With many rows for each thread, blocks of them are the unit of work, and b is packed once for all.
+static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
     if (M <= FEW && a.col == 1 && b.row == 1 && K <= NC * KC / FEW) {
         matmul_thin(c, c_row, a, b, M, N, K, start, start_row);
         return;
     }
-    if (M < N && M <= 4 * MC && a.col == 1) {
-        matmul_wide(c, c_row, a, b, M, N, K, start, start_row);
+    int threads = omp_get_max_threads();
+    if (a.col == 1 ? M <= 4 * MC * threads : M < N && M <= NC - MR) {  // what is packed fits into `shared`
+        matmul_panels(c, c_row, a, b, M, N, K, start, start_row);
         return;
     }
-    int block = max_int(MR, min_int(MC, (M / omp_get_max_threads() + MR - 1) / MR * MR));  // rows; enough blocks for all
+    int blocks = threads * ((M - 1) / (threads * MC) + 1);  // as many for each thread
+    int block = ((M - 1) / blocks / MR + 1) * MR;           // rows of one
     #pragma omp parallel
     for (int j0 = 0; j0 < N; j0 += NC)
         for (int k0 = 0; k0 < K; k0 += KC) {
