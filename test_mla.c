@@ -76,14 +76,13 @@ static void matmul_plain(double *c, double *size, Mat a, Mat b, int M, int N, in
 static void test_matmul(void) {
     static const int shapes[][3] = {{1, 1, 1}, {1, 7, 5}, {2, 3, 400}, {5, 33, 1}, {6, 16, 8}, {7, 17, 9}, {8, 32, 384},
         {13, 64, 385}, {63, 31, 100}, {64, 129, 70}, {65, 1, 65}, {97, 75, 33}, {3, 2050, 17}, {66, 40, 800}, {9, 270, 30},
-        {130, 300, 9}, {3, 5, 40000}, {530, 33, 260}, {600, 70, 260}, {1030, 1026, 2}};
+        {130, 300, 9}, {3, 5, 40000}, {530, 33, 260}, {600, 70, 260}, {1291, 1026, 2}};
     int threads = omp_get_max_threads();
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
-        omp_set_num_threads(s % 2 ? 5 : 1);  // few rows and many for each thread are shared out in different ways
         int M = shapes[s][0], N = shapes[s][1], K = shapes[s][2], pad = 3;
         long c_row = N + pad;  // rows of c lie apart: what is between them must stay
         real *a = allocate(M * K * sizeof(real), "a"), *b = allocate((K * N + NR) * sizeof(real), "b");
-        real *c = allocate(M * c_row * sizeof(real), "c"), *bias = allocate(N * sizeof(real), "bias");
+        real *c = allocate(M * c_row * sizeof(real), "c"), *once = allocate(M * c_row * sizeof(real), "c"), *bias = allocate(N * sizeof(real), "bias");
         double *expected = allocate(M * N * sizeof(double), "c"), *size = allocate(M * N * sizeof(double), "c");
         for (int i = 0; i < M * K; i++) a[i] = random_normal(1, i);
         for (int i = 0; i < K * N; i++) b[i] = random_normal(2, i);
@@ -93,12 +92,16 @@ static void test_matmul(void) {
             Mat A = variant & 1 ? transposed(a, M) : rows_of(a, K), B = variant & 2 ? transposed(b, K) : rows_of(b, N);
             int kind = variant / 4;
             if (kind >= 3 && variant & 1) continue;
-            for (int i = 0; i < M * c_row; i++) c[i] = random_normal(4, i);
+            for (int i = 0; i < M * c_row; i++) c[i] = once[i] = random_normal(4, i);
             const real *start = kind % 3 == 1 ? bias : kind % 3 == 2 ? c : NULL;
             long start_row = kind % 3 == 1 ? 0 : c_row;
             matmul_plain(expected, size, A, B, M, N, K, start, start_row);
-            if (kind < 3) matmul(c, c_row, A, B, M, N, K, start, start_row);
-            else matmul_few(c, c_row, A, B, M, N, K, start, start_row);
+            if (kind < 3) {  // on 1 thread and on 5, which may be other ways through matmul
+                omp_set_num_threads(1);
+                matmul(once, c_row, A, B, M, N, K, start == c ? once : start, start_row);
+                omp_set_num_threads(5);
+                matmul(c, c_row, A, B, M, N, K, start, start_row);
+            } else matmul_few(c, c_row, A, B, M, N, K, start, start_row);
             double worst = 0;
             int outside = 0;
             for (int i = 0; i < M; i++) {
@@ -110,8 +113,9 @@ static void test_matmul(void) {
             snprintf(detail, sizeof detail, "%dx%dx%d, variant %d", M, N, K, variant);
             check_below("matmul: rounding errors", detail, worst, 2);
             check("matmul: writes between rows", detail, outside == 0);
+            if (kind < 3) check("matmul: same bits on 1 thread and 5", detail, !memcmp(c, once, M * c_row * sizeof(real)));
         }
-        free(a), free(b), free(c), free(bias), free(expected), free(size);
+        free(a), free(b), free(c), free(once), free(bias), free(expected), free(size);
     }
     omp_set_num_threads(threads);
 }
@@ -535,7 +539,7 @@ static int same_files(const char *a, const char *b) {
 static void test_threads(void) {
 #ifdef _OPENMP
     static const int threads[] = {1, 2, 3, 5, 16};
-    int B = 4, T = 67, x[4 * 67], y[4 * 67], before = omp_get_max_threads();  // matmul has a way of its own for 268 rows on one
+    int B = 4, T = 67, x[4 * 67], y[4 * 67], before = omp_get_max_threads();  // 268 rows: other ways through matmul on 1 thread and more
     char first[] = "/tmp/test_mla_a_XXXXXX", other[] = "/tmp/test_mla_b_XXXXXX";
     close(mkstemp(first)), close(mkstemp(other));
     for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++)

@@ -445,17 +445,17 @@ static void model_init(Model *m, uint64_t seed) {
 // with 32 registers 8 x 2. Two vectors wide, since each sum must wait about 4 cycles for its
 // previous multiply-add and there are two units: at least 8 independent sums keep them busy.
 //
-// Loads wait for memory. Columns of a and b lie far apart, and both are too large for the fast
-// caches. Cure: PACKED PANELS. Blocks of b (KC x NC) are copied so that the tile reads them strictly
-// one after the other: panel p holds columns p*NR .. p*NR+NR-1, and within it step k's NR numbers are
-// adjacent. One panel (16 KB with vectors of 8) stays in the first-level cache while a block of a, MC x KC,
-// passes by in the second. Copying also absorbs transposes (a stride decides, not the code) and makes
-// the last panel whole. a itself is read where it lies if its rows are contiguous: MR of them are MR
-// streams. If its columns are, each step would touch another page, and a is packed by MR rows.
+// Loads wait for memory. From one number of a column to the next it is a whole row, so each step would touch
+// another cache line, and both matrices are too large for the fast caches. Cure: PACKED PANELS. b is copied
+// panel by panel, so that the tile reads it strictly forwards: panel p holds columns p*NR .. p*NR+NR-1, KC
+// rows at a time, and within it step k's NR numbers are adjacent. A panel (16 KB with vectors of 8 floats)
+// stays in the first-level cache while rows of a pass by. Copying also absorbs transposes (a stride decides,
+// not the code) and makes the last panel whole. a itself is read where it lies if its rows are contiguous: MR
+// rows are MR streams, which processors foresee. If its columns are, matmul packs a too, by MR rows.
 // (In this chapter M, N, K are rows, columns and the length of the sums.)
 //
-// Every element of c is summed by one thread, in an order that the shapes alone decide: results do
-// not depend on the number of threads.
+// Every element of c is summed in one order, that of k in blocks of KC, whichever thread does it and however
+// c is cut into pieces: results do not depend on the number of threads.
 
 #if defined(__AVX512F__)
 enum { VEC_BYTES = 64, MR = 8 };
@@ -487,8 +487,8 @@ static Mat transposed(const real *p, long row) { return transpose(rows_of(p, row
 // c (rows, vectors*VW) = start + a b. Number (i, k) of a is a[i*a_row + k*a_step], rows of b are b_row
 // apart. `start` is c itself to add to it, a row with stride 0 to add a bias, NULL for zero. Always
 // inlined, so that the constants of each caller unroll the loops and put acc into registers. With
-// one vector, a is read unpacked, from memory as a rule; then rows are fetched ahead, those of the tile
-// after the next into the second-level cache (the first may be full of b).
+// one vector (few_by_columns), a is the large matrix and comes from memory: its rows are fetched ahead, those of
+// the tile after the next into the second-level cache (the first may be full of b).
 __attribute__((always_inline))
 static inline void tile(const int rows, const int vectors, int K, const real *a, long a_row, long a_step,
                         const real *b, long b_row, real *c, long c_row, const real *start, long start_row) {
@@ -549,14 +549,13 @@ static inline void pack(real *dst, const real *src, long line, long deep, int n,
     }
 }
 
-static _Thread_local real own[MC * KC];              // panels of a thread's own
-static real shared[NC * KC];                         // panels of b that all threads read
+static _Thread_local real own[MC * KC];              // panels of a thread's own, of a or of b
+static real shared[NC * KC];                         // panels that all threads read, of b or of a
 
 // --- Tiles over whole matrices, within one thread
 
-// c (M, N) = start + a b. Row i of a starts at a.p + i/MR*a_panel + i%MR*a.row: packed, or (a_panel MR*a.row) as
-// it lies, which is as good where it is small or each of its numbers is used a few times only. b is packed
-// by NR columns (b_row NR), `panel` numbers from one panel to the next; or it lies in rows (panel NR),
+// c (M, N) = start + a b. Row i of a starts at a.p + i/MR*a_panel + i%MR*a.row: a_panel is the size of a
+// panel if a is packed, MR*a.row if it is read where it lies. b is packed by NR columns (b_row NR), `panel` numbers from one panel to the next; or it lies in rows (panel NR),
 // which must be readable up to NR numbers past the last. Tiles that stick out of c go through one of their own.
 static void multiply_blocks(real *c, long c_row, Mat a, long a_panel, const real *b, long b_row, long panel,
                             int M, int N, int K, const real *start, long start_row) {
@@ -643,7 +642,7 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, c
             }
 }
 
-enum { FEW = 16, COLUMNS = 8 * MR, GROUP = 8 * MC };  // rows that are few; columns or rows to a piece of work
+enum { FEW = 16, COLUMNS = 8 * MR };  // rows that are few; columns to a piece of work for them
 
 // matmul for few rows: threads share out the columns of c, and the panels of a, which shared holds.
 static void matmul_thin(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
@@ -667,11 +666,13 @@ static void matmul_thin(real *c, long c_row, Mat a, Mat b, int M, int N, int K, 
     }
 }
 
-// matmul by panels of b: each thread packs the panel that it needs next and uses it up, so that none reads what another
-// has just written. That pays where a thread would meet a panel with few rows. a is read as it lies, in groups of rows
-// that fit into the second-level cache; or, if it has to be packed, all threads do so for KC of its columns at a time.
+// matmul by panels of b: a thread packs a panel for itself and multiplies a group of rows with it, so that b never has
+// to come from another processor's cache. This pays where each thread has few rows, since a panel is packed anew for
+// each group. If a has to be packed, all threads do that first, for KC of its columns at a time.
 static void matmul_panels(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
-    int packed = a.col != 1, depth = packed ? KC : K, height = packed ? M : GROUP;
+    int packed = a.col != 1, depth = packed ? KC : K, panels = (N - 1) / NR + 1;
+    int groups = max_int((M - 1) / (8 * MC) + 1, (2 * omp_get_max_threads() - 1) / panels + 1);  // two pieces or more a thread
+    int height = ((M - 1) / groups / MR + 1) * MR;                                               // rows of a group
     #pragma omp parallel
     for (int k0 = 0; k0 < K; k0 += depth) {
         if (packed) {
@@ -687,9 +688,10 @@ static void matmul_panels(real *c, long c_row, Mat a, Mat b, int M, int N, int K
                     int m = min_int(height, M - i), n = min_int(NR, N - j), kc = min_int(KC, K - k);
                     real *cij = c + i * c_row + j;
                     const real *s = k ? cij : start ? start + i * start_row + j : NULL;
-                    Mat columns = packed ? (Mat){shared, 1, MR} : rows_of(a.p + i * a.row + k, a.row);
+                    Mat rows = packed ? (Mat){shared + (long)i * kc, 1, MR} : rows_of(a.p + i * a.row + k, a.row);
                     pack(own, b.p + j * b.col + k * b.row, b.col, b.row, n, kc, NR);
-                    multiply_blocks(cij, c_row, columns, MR * (packed ? kc : a.row), own, NR, 0, m, n, kc, s, k ? c_row : start_row);
+                    multiply_blocks(cij, c_row, rows, MR * (packed ? kc : a.row), own, NR, 0, m, n, kc, s,
+                                    k ? c_row : start_row);
                 }
     }
 }
@@ -702,12 +704,13 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
         return;
     }
     int threads = omp_get_max_threads();
-    if (a.col == 1 ? M <= 4 * MC * threads : M < N && M <= NC - MR) {  // what is packed fits into `shared`
+    // Few rows for each thread; or, if a must be packed, fewer of them than columns, and room in `shared`.
+    if (a.col == 1 ? M <= 4 * MC * threads : M < N && M <= NC - MR) {
         matmul_panels(c, c_row, a, b, M, N, K, start, start_row);
         return;
     }
-    int blocks = threads * ((M - 1) / (threads * MC) + 1);  // as many for each thread
-    int block = ((M - 1) / blocks / MR + 1) * MR;           // rows of one
+    int blocks = threads * ((M - 1) / (threads * MC) + 1);  // about as many for each thread
+    int block = ((M - 1) / blocks / MR + 1) * MR;                 // rows of one
     #pragma omp parallel
     for (int j0 = 0; j0 < N; j0 += NC)
         for (int k0 = 0; k0 < K; k0 += KC) {
@@ -722,13 +725,12 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
                 real *c0 = c + i0 * c_row + j0;
                 long s_row = k0 ? c_row : start_row;
                 const real *s0 = k0 ? c0 : start ? start + i0 * start_row + j0 : NULL;
-                Mat block_a = {a.p + i0 * a.row + k0 * a.col, a.row, a.col};
-                long a_panel = MR * a.row;
+                Mat rows = rows_of(a.p + i0 * a.row + k0 * a.col, a.row);
                 if (a.col != 1) {
-                    pack(own, block_a.p, a.row, a.col, mc, kc, MR);
-                    block_a = (Mat){own, 1, MR}, a_panel = (long)MR * kc;
+                    pack(own, rows.p, a.row, a.col, mc, kc, MR);
+                    rows = (Mat){own, 1, MR};
                 }
-                multiply_blocks(c0, c_row, block_a, a_panel, shared, NR, (long)kc * NR, mc, nc, kc, s0, s_row);
+                multiply_blocks(c0, c_row, rows, MR * (a.col == 1 ? a.row : kc), shared, NR, (long)kc * NR, mc, nc, kc, s0, s_row);
             }
         }
 }

@@ -107,6 +107,7 @@ MUTATIONS = [
     ("matmul_panels", "i * a.row + k, a.row", "i * a.row, a.row", "every block of a is the first"),
     ("matmul_panels", "a.p + i * a.row + k, a.row", "a.p + k, a.row", "every group of rows is the first"),
     ("matmul_panels", "k0 * a.col", "k0 * a.row", "a's strides swapped where it is packed"),
+    ("matmul_panels", "shared + (long)i * kc, 1, MR", "shared, 1, MR", "every group of packed rows is the first"),
     ("matmul_panels", "+ k * b.row", "", "every block of b is the first"),
     ("matmul_panels", "k0 + depth, K)", "k0 + KC, K)", "the first block of k alone"),
     ("matmul", "&& K <= NC * KC / FEW", "", "a longer than its room"),
