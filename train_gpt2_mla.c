@@ -554,9 +554,10 @@ static real shared[NC * KC];                         // panels that all threads 
 
 // --- Tiles over whole matrices, within one thread
 
-// c (M, N) = start + a b. Row i of a starts at a.p + i/MR*a_panel + i%MR*a.row: a_panel is the size of a
-// panel if a is packed, MR*a.row if it is read where it lies. b is packed by NR columns (b_row NR), `panel` numbers from one panel to the next; or it lies in rows (panel NR),
-// which must be readable up to NR numbers past the last. Tiles that stick out of c go through one of their own.
+// c (M, N) = start + a b. Row i of a starts at a.p + i/MR*a_panel + i%MR*a.row: a_panel is the size of a panel if
+// a is packed, MR*a.row if it is read where it lies. b is packed by NR columns (b_row NR), `panel` numbers from one
+// panel to the next; or it lies in rows (panel NR), which must be readable up to NR numbers past the last. Tiles
+// that stick out of c go through one of their own.
 static void multiply_blocks(real *c, long c_row, Mat a, long a_panel, const real *b, long b_row, long panel,
                             int M, int N, int K, const real *start, long start_row) {
     for (int j = 0; j < N; j += NR, b += panel)
@@ -671,8 +672,9 @@ static void matmul_thin(real *c, long c_row, Mat a, Mat b, int M, int N, int K, 
 // each group. If a has to be packed, all threads do that first, for KC of its columns at a time.
 static void matmul_panels(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
     int packed = a.col != 1, depth = packed ? KC : K, panels = (N - 1) / NR + 1;
-    int groups = max_int((M - 1) / (8 * MC) + 1, (2 * omp_get_max_threads() - 1) / panels + 1);  // two pieces or more a thread
-    int height = ((M - 1) / groups / MR + 1) * MR;                                               // rows of a group
+    // groups of up to 8 MC rows, so that there are two pieces or more for each thread
+    int groups = max_int((M - 1) / (8 * MC) + 1, (2 * omp_get_max_threads() - 1) / panels + 1);
+    int height = ((M - 1) / groups / MR + 1) * MR;
     #pragma omp parallel
     for (int k0 = 0; k0 < K; k0 += depth) {
         if (packed) {
@@ -730,7 +732,8 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
                     pack(own, rows.p, a.row, a.col, mc, kc, MR);
                     rows = (Mat){own, 1, MR};
                 }
-                multiply_blocks(c0, c_row, rows, MR * (a.col == 1 ? a.row : kc), shared, NR, (long)kc * NR, mc, nc, kc, s0, s_row);
+                multiply_blocks(c0, c_row, rows, MR * (a.col == 1 ? a.row : kc), shared, NR, (long)kc * NR, mc, nc, kc,
+                                s0, s_row);
             }
         }
 }
