@@ -82,7 +82,8 @@ static void test_matmul(void) {
         int M = shapes[s][0], N = shapes[s][1], K = shapes[s][2], pad = 3;
         long c_row = N + pad;  // rows of c lie apart: what is between them must stay
         real *a = allocate(M * K * sizeof(real), "a"), *b = allocate((K * N + NR) * sizeof(real), "b");
-        real *c = allocate(M * c_row * sizeof(real), "c"), *once = allocate(M * c_row * sizeof(real), "c"), *bias = allocate(N * sizeof(real), "bias");
+        real *c = allocate(M * c_row * sizeof(real), "c"), *once = allocate(M * c_row * sizeof(real), "c");
+        real *bias = allocate(N * sizeof(real), "bias");
         double *expected = allocate(M * N * sizeof(double), "c"), *size = allocate(M * N * sizeof(double), "c");
         for (int i = 0; i < M * K; i++) a[i] = random_normal(1, i);
         for (int i = 0; i < K * N; i++) b[i] = random_normal(2, i);
@@ -113,7 +114,8 @@ static void test_matmul(void) {
             snprintf(detail, sizeof detail, "%dx%dx%d, variant %d", M, N, K, variant);
             check_below("matmul: rounding errors", detail, worst, 2);
             check("matmul: writes between rows", detail, outside == 0);
-            if (kind < 3) check("matmul: same bits on 1 thread and 5", detail, !memcmp(c, once, M * c_row * sizeof(real)));
+            if (kind < 3 && omp_get_max_threads() > 1)  // else there was nothing to compare
+                check("matmul: same bits on 1 thread and 5", detail, !memcmp(c, once, M * c_row * sizeof(real)));
         }
         free(a), free(b), free(c), free(once), free(bias), free(expected), free(size);
     }

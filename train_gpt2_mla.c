@@ -672,7 +672,8 @@ static void matmul_thin(real *c, long c_row, Mat a, Mat b, int M, int N, int K, 
 // each group. If a has to be packed, all threads do that first, for KC of its columns at a time.
 static void matmul_panels(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
     int packed = a.col != 1, depth = packed ? KC : K, panels = (N - 1) / NR + 1;
-    // groups of up to 8 MC rows, so that there are two pieces or more for each thread
+    // At most 8 MC rows (unless K is large, the next panel finds them in the second-level cache), and where M allows
+    // it two pieces or more for each thread, lest some stand idle.
     int groups = max_int((M - 1) / (8 * MC) + 1, (2 * omp_get_max_threads() - 1) / panels + 1);
     int height = ((M - 1) / groups / MR + 1) * MR;
     #pragma omp parallel
@@ -712,7 +713,7 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
         return;
     }
     int blocks = threads * ((M - 1) / (threads * MC) + 1);  // about as many for each thread
-    int block = ((M - 1) / blocks / MR + 1) * MR;                 // rows of one
+    int block = ((M - 1) / blocks / MR + 1) * MR;           // rows of one
     #pragma omp parallel
     for (int j0 = 0; j0 < N; j0 += NC)
         for (int k0 = 0; k0 < K; k0 += KC) {
