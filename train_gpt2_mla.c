@@ -445,17 +445,18 @@ static void model_init(Model *m, uint64_t seed) {
 // with 32 registers 8 x 2. Two vectors wide, since each sum must wait about 4 cycles for its
 // previous multiply-add and there are two units: at least 8 independent sums keep them busy.
 //
-// Loads wait for memory. From one number of a column to the next it is a whole row, so each step would touch
-// another cache line, and both matrices are too large for the fast caches. Cure: PACKED PANELS. b is copied
-// panel by panel, so that the tile reads it strictly forwards: panel p holds columns p*NR .. p*NR+NR-1, KC
-// rows at a time, and within it step k's NR numbers are adjacent. A panel (16 KB with vectors of 8 floats)
-// stays in the first-level cache while rows of a pass by. Copying also absorbs transposes (a stride decides,
-// not the code) and makes the last panel whole. a itself is read where it lies if its rows are contiguous: MR
-// rows are MR streams, which processors foresee. If its columns are, matmul packs a too, by MR rows.
+// Loads wait for memory. From one number of a column to the next it is a whole row, so each step
+// would touch another cache line, and both matrices are too large for the fast caches. Cure:
+// PACKED PANELS. b is copied panel by panel, so that the tile reads it strictly forwards: panel p
+// holds columns p*NR .. p*NR+NR-1, KC rows at a time, and within it step k's NR numbers are
+// adjacent. A panel (16 KB with vectors of 8 floats) stays in the first-level cache while rows of
+// a pass by. Copying also absorbs transposes (a stride decides, not the code) and makes the last
+// panel whole. a itself is read where it lies if its rows are contiguous: MR rows are MR streams,
+// which processors foresee. If its columns are, matmul packs a too, by MR rows.
 // (In this chapter M, N, K are rows, columns and the length of the sums.)
 //
-// Every element of c is summed in one order, that of k in blocks of KC, whichever thread does it and however
-// c is cut into pieces: results do not depend on the number of threads.
+// Every element of c is summed in one order, that of k in blocks of KC, whichever thread does it
+// and however c is cut into pieces: results do not depend on the number of threads.
 
 #if defined(__AVX512F__)
 enum { VEC_BYTES = 64, MR = 8 };
@@ -487,8 +488,8 @@ static Mat transposed(const real *p, long row) { return transpose(rows_of(p, row
 // c (rows, vectors*VW) = start + a b. Number (i, k) of a is a[i*a_row + k*a_step], rows of b are b_row
 // apart. `start` is c itself to add to it, a row with stride 0 to add a bias, NULL for zero. Always
 // inlined, so that the constants of each caller unroll the loops and put acc into registers. With
-// one vector (few_by_columns), a is the large matrix and comes from memory: its rows are fetched ahead, those of
-// the tile after the next into the second-level cache (the first may be full of b).
+// one vector (few_by_columns), a is the large matrix and comes from memory: its rows are fetched ahead,
+// those of the tile after the next into the second-level cache (the first may be full of b).
 __attribute__((always_inline))
 static inline void tile(const int rows, const int vectors, int K, const real *a, long a_row, long a_step,
                         const real *b, long b_row, real *c, long c_row, const real *start, long start_row) {
@@ -513,9 +514,10 @@ static inline void tile(const int rows, const int vectors, int K, const real *a,
             *(vec *)(c + i * c_row + j * VW) = acc[i][j];
 }
 
-// Packs n lines of K numbers (line i, number k at src[i*line + k*deep], one of the two being 1) into panels of W
-// lines: number k of line i goes to dst[(i/W)*W*K + k*W + i%W]. A last panel of fewer lines keeps what it had in
-// their place: it meets only sums that are never stored. Inlined, so that W is a constant.
+// Packs n lines of K numbers (line i, number k at src[i*line + k*deep], one of the two being 1) into
+// panels of W lines: number k of line i goes to dst[(i/W)*W*K + k*W + i%W]. A last panel of fewer
+// lines keeps what it had in their place: it meets only sums that are never stored. Inlined, so that
+// W is a constant.
 static inline void pack(real *dst, const real *src, long line, long deep, int n, int K, const int W) {
     if (deep == 1) {  // a transpose, done in squares that stay in registers
         const int S = W < 8 ? W : 8;
@@ -549,15 +551,15 @@ static inline void pack(real *dst, const real *src, long line, long deep, int n,
     }
 }
 
-static _Thread_local real own[MC * KC];              // panels of a thread's own, of a or of b
-static real shared[NC * KC];                         // panels that all threads read, of b or of a
+static _Thread_local real own[MC * KC];  // panels of a thread's own, of a or of b
+static real shared[NC * KC];             // panels that all threads read, of b or of a
 
 // --- Tiles over whole matrices, within one thread
 
-// c (M, N) = start + a b. Row i of a starts at a.p + i/MR*a_panel + i%MR*a.row: a_panel is the size of a panel if
-// a is packed, MR*a.row if it is read where it lies. b is packed by NR columns (b_row NR), `panel` numbers from one
-// panel to the next; or it lies in rows (panel NR), which must be readable up to NR numbers past the last. Tiles
-// that stick out of c go through one of their own.
+// c (M, N) = start + a b. Row i of a starts at a.p + i/MR*a_panel + i%MR*a.row: a_panel is the size of a
+// panel if a is packed, MR*a.row if it is read where it lies. b is packed by NR columns (b_row NR),
+// `panel` numbers from one panel to the next; or it lies in rows (panel NR), which must be readable up
+// to NR numbers past the last. Tiles that stick out of c go through one of their own.
 static void multiply_blocks(real *c, long c_row, Mat a, long a_panel, const real *b, long b_row, long panel,
                             int M, int N, int K, const real *start, long start_row) {
     for (int j = 0; j < N; j += NR, b += panel)
@@ -588,8 +590,8 @@ static void multiply_panels(real *c, long c_row, Mat a, const real *b, long dept
 // Each number of b is used M times only, too few to pay for packing b; it is read as it lies, and
 // memory should set the pace. How depends on what is contiguous in b.
 
-// If b's columns are contiguous and a has several rows, compute the transpose, c' = b' a': each number of b
-// multiplies a vector, of VW rows of a. x holds a in panels of VW rows.
+// If b's columns are contiguous and a has several rows, compute the transpose, c' = b' a': each
+// number of b multiplies a vector, of VW rows of a. x holds a in panels of VW rows.
 static void few_by_columns(real *c, long c_row, const real *x, Mat b, int M, int N, int K, const real *start,
                            long start_row) {
     for (int n = 0, cols; n < N; n += cols) {
@@ -626,8 +628,9 @@ static void few_dots(real *c, const real *x, Mat b, int N, int K, const real *st
     }
 }
 
-// c (M, N) = start + a b for a few rows within one thread; a's numbers are adjacent within a row. b's rows are
-// contiguous (rows NR apart are those of panels, or of a single one, which is the same), or its columns are.
+// c (M, N) = start + a b for a few rows within one thread; a's numbers are adjacent within a row. b's
+// rows are contiguous (rows NR apart are those of panels, or of a single one, which is the same), or
+// its columns are.
 static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
     long panel = b.row == NR ? (long)K * NR : NR;
     if (b.col == 1) multiply_blocks(c, c_row, a, MR * a.row, b.p, b.row, panel, M, N, K, start, start_row);
@@ -643,99 +646,64 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, c
             }
 }
 
-enum { FEW = 16, COLUMNS = 8 * MR };  // rows that are few; columns to a piece of work for them
+// --- The product, by all threads
+//
+// `shared` holds one matrix's panels for all threads, `own` those of the other that a thread needs at
+// the moment. a has panels only if its rows are not contiguous.
+//   - With many rows for each thread, b is shared, and a piece of work is a block of rows.
+//   - With few, most of a shared b would be read out of another processor's cache. A piece of work is
+//     then a single panel of b, which a thread packs for itself, and a group of rows, for each of which
+//     the panel is packed anew.
 
-// matmul for few rows: threads share out the columns of c, and the panels of a, which shared holds.
-static void matmul_thin(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
-    #pragma omp parallel
-    {
-        if (M > 1) {
-            #pragma omp for
-            for (int k = 0; k < K; k += COLUMNS)
-                for (int m = 0; m < M; m += VW)
-                    pack(shared + (long)m * K + k * VW, a.p + m * a.row + k, a.row, 1, min_int(VW, M - m),
-                         min_int(COLUMNS, K - k), VW);
-        }
-        #pragma omp for
-        for (int j = 0; j < N; j += COLUMNS) {
-            Mat columns = {b.p + j * b.col, 1, b.col};
-            int n = min_int(COLUMNS, N - j);
-            const real *s = start ? start + j : NULL;
-            if (M > 1) few_by_columns(c + j, c_row, shared, columns, M, n, K, s, start_row);
-            else few_dots(c + j, a.p, columns, n, K, s);
-        }
-    }
-}
+enum { FEW = 16 };  // up to so many rows, b is not packed at all
 
-// matmul by panels of b: a thread packs a panel for itself and multiplies a group of rows with it, so that b never has
-// to come from another processor's cache. This pays where each thread has few rows, since a panel is packed anew for
-// each group. If a has to be packed, all threads do that first, for KC of its columns at a time.
-static void matmul_panels(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
-    int packed = a.col != 1, depth = packed ? KC : K, panels = (N - 1) / NR + 1;
-    // At most 8 MC rows (unless K is large, the next panel finds them in the second-level cache), and where M allows
-    // it two pieces or more for each thread, lest some stand idle.
-    int groups = max_int((M - 1) / (8 * MC) + 1, (2 * omp_get_max_threads() - 1) / panels + 1);
-    int height = ((M - 1) / groups / MR + 1) * MR;
-    #pragma omp parallel
-    for (int k0 = 0; k0 < K; k0 += depth) {
-        if (packed) {
-            int kc = min_int(KC, K - k0);
-            #pragma omp for
-            for (int i = 0; i < M; i += MR)
-                pack(shared + (long)i * kc, a.p + i * a.row + k0 * a.col, a.row, a.col, min_int(MR, M - i), kc, MR);
-        }
-        #pragma omp for collapse(2) schedule(dynamic)
-        for (int i = 0; i < M; i += height)
-            for (int j = 0; j < N; j += NR)
-                for (int k = k0; k < min_int(k0 + depth, K); k += KC) {
-                    int m = min_int(height, M - i), n = min_int(NR, N - j), kc = min_int(KC, K - k);
-                    real *cij = c + i * c_row + j;
-                    const real *s = k ? cij : start ? start + i * start_row + j : NULL;
-                    Mat rows = packed ? (Mat){shared + (long)i * kc, 1, MR} : rows_of(a.p + i * a.row + k, a.row);
-                    pack(own, b.p + j * b.col + k * b.row, b.col, b.row, n, kc, NR);
-                    multiply_blocks(cij, c_row, rows, MR * (packed ? kc : a.row), own, NR, 0, m, n, kc, s,
-                                    k ? c_row : start_row);
-                }
-    }
-}
-
-// c (M, N) = start + a (M, K) b (K, N), by all threads; c's rows are c_row apart. For start see
-// tile. With many rows for each thread, blocks of them are the unit of work, and b is packed once for all.
+// c (M, N) = start + a (M, K) b (K, N); c's rows are c_row apart. For start see tile.
 static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
-    if (M <= FEW && a.col == 1 && b.row == 1 && K <= NC * KC / FEW) {
-        matmul_thin(c, c_row, a, b, M, N, K, start, start_row);
+    int threads = omp_get_max_threads(), panels = (N - 1) / NR + 1, packed = a.col != 1;
+    if (M <= FEW && !packed && b.row == 1) {
+        int columns = M == 1 ? 64 : ((N - 1) / threads / NR + 1) * NR;  // dot products: streams close together
+        #pragma omp parallel for
+        for (int j = 0; j < N; j += columns)
+            matmul_few(c + j, c_row, a, (Mat){b.p + j * b.col, 1, b.col}, M, min_int(columns, N - j), K,
+                       start ? start + j : NULL, start_row);
         return;
     }
-    int threads = omp_get_max_threads();
-    // Few rows for each thread; or, if a must be packed, fewer of them than columns, and room in `shared`.
-    if (a.col == 1 ? M <= 4 * MC * threads : M < N && M <= NC - MR) {
-        matmul_panels(c, c_row, a, b, M, N, K, start, start_row);
-        return;
-    }
-    int blocks = threads * ((M - 1) / (threads * MC) + 1);  // about as many for each thread
-    int block = ((M - 1) / blocks / MR + 1) * MR;           // rows of one
+    int share_b = packed ? M >= N || M > NC - MR : M > 4 * MC * threads;  // else a packed a must fit into `shared`
+    // Blocks of at most MC rows, about as many for each thread. Groups of at most 8 MC (unless K is large,
+    // the next panel finds them in the second-level cache), and no thread idle for want of panels.
+    int pieces = share_b ? threads * ((M - 1) / (threads * MC) + 1)
+                         : max_int((M - 1) / (8 * MC) + 1, (2 * threads - 1) / panels + 1);
+    int height = ((M - 1) / pieces / MR + 1) * MR, width = share_b ? NC : NR;  // of a piece of work
+    int across = share_b ? NC : N, depth = share_b || packed ? KC : K;  // columns, and terms of each sum, at a time
     #pragma omp parallel
-    for (int j0 = 0; j0 < N; j0 += NC)
-        for (int k0 = 0; k0 < K; k0 += KC) {
-            int nc = min_int(NC, N - j0), kc = min_int(KC, K - k0);
-            #pragma omp for
-            for (int j = 0; j < nc; j += NR)
-                pack(shared + (long)j * kc, b.p + (j0 + j) * b.col + k0 * b.row, b.col, b.row,
-                     min_int(NR, nc - j), kc, NR);
-            #pragma omp for schedule(dynamic)
-            for (int i0 = 0; i0 < M; i0 += block) {
-                int mc = min_int(block, M - i0);
-                real *c0 = c + i0 * c_row + j0;
-                long s_row = k0 ? c_row : start_row;
-                const real *s0 = k0 ? c0 : start ? start + i0 * start_row + j0 : NULL;
-                Mat rows = rows_of(a.p + i0 * a.row + k0 * a.col, a.row);
-                if (a.col != 1) {
-                    pack(own, rows.p, a.row, a.col, mc, kc, MR);
-                    rows = (Mat){own, 1, MR};
-                }
-                multiply_blocks(c0, c_row, rows, MR * (a.col == 1 ? a.row : kc), shared, NR, (long)kc * NR, mc, nc, kc,
-                                s0, s_row);
+    for (int j0 = 0; j0 < N; j0 += across)
+        for (int k0 = 0; k0 < K; k0 += depth) {
+            int j_end = min_int(j0 + across, N), terms = min_int(depth, K - k0);
+            if (share_b) {
+                #pragma omp for
+                for (int j = j0; j < j_end; j += NR)
+                    pack(shared + (long)(j - j0) * terms, b.p + j * b.col + k0 * b.row, b.col, b.row,
+                         min_int(NR, j_end - j), terms, NR);
+            } else if (packed) {
+                #pragma omp for
+                for (int i = 0; i < M; i += MR)
+                    pack(shared + (long)i * terms, a.p + i * a.row + k0 * a.col, a.row, a.col,
+                         min_int(MR, M - i), terms, MR);
             }
+            #pragma omp for collapse(2) schedule(dynamic)
+            for (int i = 0; i < M; i += height)
+                for (int j = j0; j < j_end; j += width)
+                    for (int k = k0; k < k0 + terms; k += KC) {
+                        int m = min_int(height, M - i), n = min_int(width, j_end - j), kc = min_int(KC, K - k);
+                        const real *pa = a.p + i * a.row + k * a.col, *pb = b.p + j * b.col + k * b.row;
+                        real *pc = c + i * c_row + j;
+                        if (!share_b) pack(own, pb, b.col, b.row, n, kc, NR);
+                        else if (packed) pack(own, pa, a.row, a.col, m, kc, MR);
+                        Mat rows = packed ? (Mat){share_b ? own : shared + (long)i * kc, 1, MR} : rows_of(pa, a.row);
+                        multiply_blocks(pc, c_row, rows, MR * (packed ? kc : a.row), share_b ? shared : own, NR,
+                                        (long)kc * NR, m, n, kc, k ? pc : start ? start + i * start_row + j : NULL,
+                                        k ? c_row : start_row);
+                    }
         }
 }
 
