@@ -356,7 +356,8 @@ typedef struct {
     real *d_k_rope;                // (N, NKV, rope) gradient of the shared rotary key by head
     real *partial;                 // partial sums of gradients that sum over tokens
     Cache *cache;                  // NULL: not decoding
-    float dropout;                 // probability, 0 when not training
+    float dropout;                 // probability
+    int dropping;                  // whether the pass at hand drops: only when training
     uint64_t dropout_key;          // changes with every micro-batch
 } Model;
 
@@ -902,7 +903,7 @@ static inline real dropout_scale(const Model *m, uint64_t where, long i) {
 
 // y = x + dropout(branch), n numbers: the residual connection (1)
 static void residual_forward(const Model *m, real *y, const real *x, const real *branch, long n, int where) {
-    if (m->dropout == 0) {
+    if (!m->dropping) {
         #pragma omp parallel for simd schedule(static, SMALL) if (parallel : n > SMALL)
         for (long i = 0; i < n; i++) y[i] = x[i] + branch[i];
     } else {
@@ -914,7 +915,7 @@ static void residual_forward(const Model *m, real *y, const real *x, const real 
 // The branch's gradient from that of the sum, dy; x's is dy itself. Without dropout, so is the
 // branch's, and no copy is made.
 static const real *residual_backward(const Model *m, real *d_branch, const real *dy, long n, int where) {
-    if (m->dropout == 0) return dy;
+    if (!m->dropping) return dy;
     #pragma omp parallel for
     for (long i = 0; i < n; i++) d_branch[i] = dy[i] * dropout_scale(m, where, i);
     return d_branch;
@@ -1494,7 +1495,7 @@ static void embedding_forward(Model *m, real *x, const int *tokens, int N, int T
     for (long n = 0; n < N; n++)
         for (int i = 0; i < C; i++) {
             real sum = wte[(long)tokens[n] * C + i] + (wpe ? wpe[(first + n % T) * C + i] : 0);
-            x[n * C + i] = m->dropout == 0 ? sum : sum * dropout_scale(m, 0, n * C + i);
+            x[n * C + i] = m->dropping ? sum * dropout_scale(m, 0, n * C + i) : sum;
         }
 }
 
@@ -1554,6 +1555,7 @@ static void block_backward(Model *m, int l, Acts *acts, int B, int T) {
 // layer keeps its own acts; else all use the same, and the stream goes round in its x. With a
 // cache, the tokens continue those that it holds.
 static void forward(Model *m, const int *tokens, int B, int T, int training) {
+    m->dropping = training && m->dropout > 0;
     embedding_forward(m, m->acts[0].x, tokens, B * T, T, m->cache ? m->cache->used : 0);
     for (int l = 0; l < m->c.L; l++) {
         Acts *acts = &m->acts[training ? l : 0];
@@ -2380,10 +2382,9 @@ static Generation generate(Model *m, Cache *cache, const int *prompt, int n_prom
     int B = cache->B, V = m->c.V;
     int *tokens = allocate(sizeof(int) * B * n_prompt, "prompt");
     real *scratch = allocate(sizeof(real) * V, "sampling");
-    float dropout = m->dropout;
     Generation g = {0};
     for (int b = 0; b < B; b++) memcpy(tokens + (long)b * n_prompt, prompt, n_prompt * sizeof(int));
-    cache->used = 0, m->cache = cache, m->dropout = 0;
+    cache->used = 0, m->cache = cache;
     double start = seconds();
     real *logits = decode(m, tokens, B, n_prompt);
     g.prompt_seconds = seconds() - start;
@@ -2400,7 +2401,7 @@ static Generation generate(Model *m, Cache *cache, const int *prompt, int n_prom
         if (i + 1 < n) logits = decode(m, tokens, B, 1);
     }
     g.seconds = seconds() - start - g.prompt_seconds;
-    m->cache = NULL, m->dropout = dropout;
+    m->cache = NULL;
     free(tokens), free(scratch);
     return g;
 }
@@ -2474,8 +2475,6 @@ static Evaluation evaluate(Model *m, const Data *d, const Tokenizer *tokenizer, 
     long full = (d->n - 1) / T, tail = (d->n - 1) % T, batches = (full + B - 1) / B + (tail > 0);
     long taken = max_batches && max_batches < batches ? max_batches : batches;
     int *x = allocate(2 * sizeof(int) * B * T, "evaluation batch"), *y = x + B * T;
-    float dropout = m->dropout;
-    m->dropout = 0;
     for (long i = 0; i < taken; i++) {
         long window = i * batches / taken * B;
         int rows = full - window < B ? full - window : B, length = T;
@@ -2488,7 +2487,6 @@ static Evaluation evaluate(Model *m, const Data *d, const Tokenizer *tokenizer, 
         sum += forward_loss(m, x, y, rows, length);
         e.tokens += (long)rows * length;
     }
-    m->dropout = dropout;
     free(x);
     e.loss = sum / e.tokens;
     e.bits_per_byte = sum / log(2) / bytes;
