@@ -697,6 +697,14 @@ static void test_randomness(void) {
     check_below("dropout", "keeps the mean", fabs(sum / N - 1), 5 * sqrt(0.25 / 0.75 / N));
     check_below("dropout", "is another in every place", fabs(same_place / N - agree), 5 * sqrt(agree * (1 - agree) / N));
     check_below("dropout", "is another for every key", fabs(same_key / N - agree), 5 * sqrt(agree * (1 - agree) / N));
+    // Three places of a training pass: a dropped embedding is zero, a dropped branch leaves the residual stream as it was.
+    int tokens[8] = {1, 2, 3, 4, 5, 6, 7, 8}, n = 8 * m->c.C, dropped[3] = {0};
+    const Acts *a = m->acts;
+    forward(m, tokens, 1, 8, 1);
+    for (int i = 0; i < n; i++)
+        dropped[0] += a->x[i] == 0, dropped[1] += a->x_mid[i] == a->x[i], dropped[2] += a[1].x[i] == a->x_mid[i];
+    for (int i = 0; i < 3; i++)
+        check_below("dropout", "drops 1 of 4 in training", fabs((double)dropped[i] / n - 0.25), 5 * sqrt(0.75 * 0.25 / n));
     sum = 0;
     for (int i = 0; i < N; i++) {
         double z = random_normal(11, i);
