@@ -176,7 +176,7 @@ typedef struct {
 } Config;
 
 // Fills in what was left open (for mla the experiments' defaults RQ = C/2, R = 2C/3, RD = HS/2,
-// with which it has about as many parameters as MHA) and refuses what cannot be, which `where` said.
+// with which it has about as many parameters as MHA) and refuses what cannot be; `where` names its source.
 // [ATTENTION 1] What your kind derives or forbids belongs here.
 static void config_complete(Config *c, int status, const char *where) {
     if (c->C % c->NH) fail(status, "%s: heads %d does not divide channels %d", where, c->NH, c->C);
@@ -230,7 +230,7 @@ static const char *const cache_names[] = {"full", "latent", "absorbed", NULL};
 
 static int cache_mode(const Config *c) { return c->attention == MLA ? CACHE_ABSORBED : CACHE_FULL; }  // the smallest
 
-// Floats that it keeps per token, all layers together (24). The shared rotary key is kept once.
+// Floats that a decoder keeps per token, all layers together (24). The shared rotary key is kept once.
 static long cache_floats(const Config *c, int mode) {
     long rope = c->HS - c->NOPE;
     return c->L * (mode == CACHE_FULL ? c->NKV * (c->NOPE + c->HS) + rope : c->R + rope);
@@ -446,18 +446,18 @@ static void model_init(Model *m, uint64_t seed) {
 // with 32 registers 8 x 2. Two vectors wide, since each sum must wait about 4 cycles for its
 // previous multiply-add and there are two units: at least 8 independent sums keep them busy.
 //
-// Loads wait for memory. From one number of a column to the next it is a whole row, so each step
-// would touch another cache line, and both matrices are too large for the fast caches. Cure:
-// PACKED PANELS. b is copied panel by panel, so that the tile reads it strictly forwards: panel p
-// holds columns p*NR .. p*NR+NR-1, KC rows at a time, and within it step k's NR numbers are
-// adjacent. A panel (16 KB with vectors of 8 floats) stays in the first-level cache while rows of
-// a pass by. Copying also absorbs transposes (a stride decides, not the code) and makes the last
-// panel whole. a itself is read where it lies if its rows are contiguous: MR rows are MR streams,
+// Loads wait for memory. Consecutive rows of b are far apart, so each step would touch another
+// cache line, and both matrices are too large for the fast caches. Cure: PACKED PANELS. b is copied
+// panel by panel, so that the tile reads it strictly forwards: panel p holds columns p*NR ..
+// p*NR+NR-1, KC rows at a time, and within it step k's NR numbers are adjacent. A panel (16 KB with
+// vectors of 8 floats, 32 KB with 16) stays in the fastest caches while rows of a pass by. Copying
+// also absorbs transposes (a stride decides, not the code) and makes the last panel whole. a itself is read where it lies if its rows are contiguous: MR rows are MR streams,
 // which processors foresee. If its columns are, matmul packs a too, by MR rows.
 // (In this chapter M, N, K are rows, columns and the length of the sums.)
 //
-// Every element of c is summed in one order, that of k in blocks of KC, whichever thread does it
-// and however c is cut into pieces: results do not depend on the number of threads.
+// In which order an element of c is summed depends on shapes and strides alone (that of k, in blocks
+// of KC; with few rows in others), never on which thread does it or how c is cut into pieces:
+// results do not depend on the number of threads.
 
 #if defined(__AVX512F__)
 enum { VEC_BYTES = 64, MR = 8 };
@@ -552,8 +552,8 @@ static inline void pack(real *dst, const real *src, long line, long deep, int n,
     }
 }
 
-static _Thread_local real own[MC * KC];  // panels of a thread's own, of a or of b
-static real shared[NC * KC];             // panels that all threads read, of b or of a
+_Alignas(64) static _Thread_local real own[MC * KC];  // panels of a thread's own, of a or of b
+_Alignas(64) static real shared[NC * KC];             // panels that all threads read, of b or of a
 
 // --- Tiles over whole matrices, within one thread
 
@@ -589,7 +589,9 @@ static void multiply_panels(real *c, long c_row, Mat a, const real *b, long dept
 // --- A few rows: what decoding does all the time
 //
 // Each number of b is used M times only, too few to pay for packing b; it is read as it lies, and
-// memory should set the pace. How depends on what is contiguous in b.
+// memory should set the pace. How it is read depends on whether b's rows or its columns are contiguous.
+
+enum { FEW = 16 };  // rows that are few, a multiple of VW
 
 // If b's columns are contiguous and a has several rows, compute the transpose, c' = b' a': each
 // number of b multiplies a vector, of VW rows of a. x holds a in panels of VW rows.
@@ -637,9 +639,9 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, c
     if (b.col == 1) multiply_blocks(c, c_row, a, MR * a.row, b.p, b.row, panel, M, N, K, start, start_row);
     else if (M == 1) few_dots(c, a.p, b, N, K, start);
     else
-        for (int m = 0; m < M; m += VW)
-            for (int k = 0; k < K; k += MC * KC / VW) {
-                int rows = min_int(VW, M - m), kc = min_int(MC * KC / VW, K - k);
+        for (int m = 0; m < M; m += FEW)
+            for (int k = 0; k < K; k += MC * KC / FEW) {
+                int rows = min_int(FEW, M - m), kc = min_int(MC * KC / FEW, K - k);
                 real *cm = c + m * c_row;
                 pack(own, a.p + m * a.row + k, a.row, 1, rows, kc, VW);
                 few_by_columns(cm, c_row, own, (Mat){b.p + k, 1, b.col}, rows, N, kc,
@@ -649,33 +651,33 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, c
 
 // --- The product, by all threads
 //
-// `shared` holds one matrix's panels for all threads, `own` those of the other that a thread needs at
-// the moment. a has panels only if its rows are not contiguous.
-//   - With many rows for each thread, b is shared, and a piece of work is a block of rows.
-//   - With few, most of a shared b would be read out of another processor's cache. A piece of work is
-//     then a single panel of b, which a thread packs for itself, and a group of rows, for each of which
-//     the panel is packed anew.
-
-enum { FEW = 16 };  // up to so many rows, b is not packed at all
+// `shared` holds panels that all threads read, `own` those that one thread needs at the moment.
+//   - If a must be packed too, the smaller of the two is shared (a only if there is room for all its rows).
+//   - If not, b is shared where each thread has many rows. Where it has few, most of a shared b would
+//     come out of another processor's cache: there each thread packs b for itself.
+//
+//              shared       own          a piece of work               terms of the sums at a time
+//   b shared   b, KC x NC   a if packed  <= MC rows, NC columns        KC
+//   else       a if packed  panel of b   <= 8 MC rows, NR columns      KC if a is packed, else all K
 
 // c (M, N) = start + a (M, K) b (K, N); c's rows are c_row apart. For start see tile.
 static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
     int threads = omp_get_max_threads(), panels = (N - 1) / NR + 1, packed = a.col != 1;
     if (M <= FEW && !packed && b.row == 1) {
-        int columns = M == 1 ? 64 : ((N - 1) / threads / NR + 1) * NR;  // dot products: streams close together
+        int columns = M == 1 ? 64 : ((N - 1) / threads / MR + 1) * MR;  // few_dots: eight streams of 8 columns
         #pragma omp parallel for
         for (int j = 0; j < N; j += columns)
             matmul_few(c + j, c_row, a, (Mat){b.p + j * b.col, 1, b.col}, M, min_int(columns, N - j), K,
                        start ? start + j : NULL, start_row);
         return;
     }
-    int share_b = packed ? M >= N || M > NC - MR : M > 4 * MC * threads;  // else a packed a must fit into `shared`
-    // Blocks of at most MC rows, about as many for each thread. Groups of at most 8 MC (unless K is large,
-    // the next panel finds them in the second-level cache), and no thread idle for want of panels.
+    int share_b = packed ? M >= N || M > NC - MR : M > 4 * MC * threads;
+    // b shared: about as many blocks of rows for each thread. Else groups of rows, which unless K is large the next
+    // panel finds in the second-level cache, and so many that no thread is idle for want of panels.
     int pieces = share_b ? threads * ((M - 1) / (threads * MC) + 1)
                          : max_int((M - 1) / (8 * MC) + 1, (2 * threads - 1) / panels + 1);
-    int height = ((M - 1) / pieces / MR + 1) * MR, width = share_b ? NC : NR;  // of a piece of work
-    int across = share_b ? NC : N, depth = share_b || packed ? KC : K;  // columns, and terms of each sum, at a time
+    int height = ((M - 1) / pieces / MR + 1) * MR, width = share_b ? NC : NR;
+    int across = share_b ? NC : N, depth = share_b || packed ? KC : K;  // columns and terms at a time
     #pragma omp parallel
     for (int j0 = 0; j0 < N; j0 += across)
         for (int k0 = 0; k0 < K; k0 += depth) {
@@ -701,9 +703,9 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
                         if (!share_b) pack(own, pb, b.col, b.row, n, kc, NR);
                         else if (packed) pack(own, pa, a.row, a.col, m, kc, MR);
                         Mat rows = packed ? (Mat){share_b ? own : shared + (long)i * kc, 1, MR} : rows_of(pa, a.row);
+                        const real *s = k ? pc : start ? start + i * start_row + j : NULL;
                         multiply_blocks(pc, c_row, rows, MR * (packed ? kc : a.row), share_b ? shared : own, NR,
-                                        (long)kc * NR, m, n, kc, k ? pc : start ? start + i * start_row + j : NULL,
-                                        k ? c_row : start_row);
+                                        (long)kc * NR, m, n, kc, s, k ? c_row : start_row);
                     }
         }
 }
@@ -716,7 +718,7 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
 // order: the result does not depend on the number of threads.
 
 enum { PIECES = 32 };
-enum { SMALL = 8192 };  // up to so many numbers, a loop is done sooner than other threads are woken; a thread's piece
+enum { SMALL = 8192 };  // numbers that one thread is done with sooner than others are woken; so long are threads' pieces
 
 // out[i] += sum over pieces of partial[piece][i], i < n
 static void add_pieces(real *out, const real *partial, long piece_row, int n) {
@@ -907,7 +909,7 @@ static void residual_forward(const Model *m, real *y, const real *x, const real 
         #pragma omp parallel for simd schedule(static, SMALL) if (parallel : n > SMALL)
         for (long i = 0; i < n; i++) y[i] = x[i] + branch[i];
     } else {
-        #pragma omp parallel for
+        #pragma omp parallel for schedule(static, SMALL)
         for (long i = 0; i < n; i++) y[i] = x[i] + branch[i] * dropout_scale(m, where, i);
     }
 }
@@ -916,7 +918,7 @@ static void residual_forward(const Model *m, real *y, const real *x, const real 
 // branch's, and no copy is made.
 static const real *residual_backward(const Model *m, real *d_branch, const real *dy, long n, int where) {
     if (!m->dropping) return dy;
-    #pragma omp parallel for
+    #pragma omp parallel for schedule(static, SMALL)
     for (long i = 0; i < n; i++) d_branch[i] = dy[i] * dropout_scale(m, where, i);
     return d_branch;
 }
@@ -1035,7 +1037,7 @@ static void attention_forward(const Model *m, const Heads *a, View out, real *ls
                 join_keys(&r, a, first, g, end);
                 pack(r.v, element(a->v, first, g), 1, a->v.token, V, end, NR);
                 for (int i0 = i1; i0 < end; i0 += STRIP) {
-                    int rows = min_int(STRIP, T - i0), keys = i0 + rows;
+                    int rows = min_int(STRIP, end - i0), keys = i0 + rows;
                     real sums[STRIP];
                     multiply_panels(r.p, r.row, tokens_of(a->q, first + i0, h), r.kt, K, rows, keys, K, NULL, 0);
                     for (int i = 0; i < rows; i++) {
@@ -1902,7 +1904,7 @@ static const char *const order_names[] = {"random", "sequential", NULL};
 
 // Micro-batch number `index` of a run: tokens x (B, T) and the tokens that follow each, y (B, T).
 // Sequential: consecutive pieces of B*T tokens, from the start again when the rest is too short
-// (as llm.c). Random: every row starts anywhere. Both depend on seed and index alone.
+// (as llm.c). Random: every row starts anywhere. Both depend on nothing but seed and index.
 static void next_batch(const Data *d, int order, uint64_t seed, long index, int *x, int *y, int B, int T) {
     uint64_t key = random_stream(seed, STREAM_DATA, index);
     for (int b = 0; b < B; b++) {
@@ -2651,7 +2653,7 @@ static Option options[] = {
     {"--layers", INT, &opt.config.L, 1, 1000, .help = "blocks (4)"},
     {"--heads", INT, &opt.config.NH, 1, 1024, .help = "query heads (4)"},
     {"--channels", INT, &opt.config.C, 1, 65536, .help = "width of the residual stream (128)"},
-    {"--kv-heads", INT, &opt.config.NKV, 1, 1024, .help = "gqa: key/value heads (a quarter of 8 heads or more, half of fewer)"},
+    {"--kv-heads", INT, &opt.config.NKV, 1, 1024, .help = "gqa: key/value heads (a quarter of the heads if they are 8 or more and 4 divides them, else half, of an odd number 1)"},
     {"--q-rank", INT, &opt.config.RQ, 0, 65536, .help = "mla: width of the query latent, 0 for none (channels/2)"},
     {"--kv-rank", INT, &opt.config.R, 1, 65536, .help = "mla: width of the key/value latent (2/3 of channels)"},
     {"--rope-dim", INT, &opt.config.RD, 0, 65536, .help = "decoupled: rotary part of a head (half of it)"},
