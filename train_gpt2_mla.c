@@ -451,8 +451,9 @@ static void model_init(Model *m, uint64_t seed) {
 // panel by panel, so that the tile reads it strictly forwards: panel p holds columns p*NR ..
 // p*NR+NR-1, KC rows at a time, and within it step k's NR numbers are adjacent. A panel (16 KB with
 // vectors of 8 floats, 32 KB with 16) stays in the fastest caches while rows of a pass by. Copying
-// also absorbs transposes (a stride decides, not the code) and makes the last panel whole. a itself is read where it lies if its rows are contiguous: MR rows are MR streams,
-// which processors foresee. If its columns are, matmul packs a too, by MR rows.
+// also absorbs transposes (a stride decides, not the code) and makes the last panel whole. a itself
+// is read where it lies if its rows are contiguous: MR rows are MR streams, which processors
+// foresee. If its columns are, matmul packs a too, by MR rows.
 // (In this chapter M, N, K are rows, columns and the length of the sums.)
 //
 // In which order an element of c is summed depends on shapes and strides alone (that of k, in blocks
