@@ -420,11 +420,11 @@ static void test_finite_differences(void) {
 // --- The rest of training
 
 static void test_long_decoding(void) {  // over several chunks of keys
-    static const int kinds[][2] = {{MHA, DECOUPLED}, {GQA, ROPE}, {MQA, LEARNED}, {MLA, LEARNED}, {MLA, DECOUPLED}};
+    static const int some[][2] = {{MHA, DECOUPLED}, {GQA, ROPE}, {MQA, LEARNED}, {MLA, LEARNED}, {MLA, DECOUPLED}};
     int T = 2 * CHUNK + 29;
     for (int k = 0; k < 5; k++) {
-        Model *m = small_model(kinds[k][0], kinds[k][1], LAYERNORM, -1, 3, T);
-        test_decoding(attention_names[kinds[k][0]], m, T);
+        Model *m = small_model(some[k][0], some[k][1], LAYERNORM, -1, 3, T);
+        test_decoding(attention_names[some[k][0]], m, T);
         model_free(m);
     }
 }

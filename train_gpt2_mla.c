@@ -36,8 +36,9 @@ TO ADD YOUR OWN ATTENTION
   - what it is made of, marked [ATTENTION 1]: its name, what its configuration allows, its tensors
     in the table, what its forward keeps. Checkpoints and optimizer then know of them;
   - what it does, marked [ATTENTION 2] in chapter 6: a front end, forward and backward;
-  - run `make test`, with its kind added to the list in test_finite_differences: finite differences
-    in double precision say whether the backward is right.
+  - how it decodes, marked [ATTENTION 3] in chapters 2 and 6: what a cache keeps of a token;
+  - run `make test`, with your kind added to `kinds` in test_mla.c: finite differences in double
+    precision say whether the backward is right, full passes whether decoding is.
 */
 #define _POSIX_C_SOURCE 200809L
 #include <errno.h>
@@ -230,7 +231,7 @@ static const char *const cache_names[] = {"full", "latent", "absorbed", NULL};
 
 static int cache_mode(const Config *c) { return c->attention == MLA ? CACHE_ABSORBED : CACHE_FULL; }  // the smallest
 
-// Floats that a decoder keeps per token, all layers together (24). The shared rotary key is kept once.
+// [ATTENTION 3] Floats that a decoder keeps per token, all layers together (24). The shared rotary key is kept once.
 static long cache_floats(const Config *c, int mode) {
     long rope = c->HS - c->NOPE;
     return c->L * (mode == CACHE_FULL ? c->NKV * (c->NOPE + c->HS) + rope : c->R + rope);
@@ -673,8 +674,9 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
         return;
     }
     int share_b = packed ? M >= N || M > NC - MR : M > 4 * MC * threads;
-    // b shared: about as many blocks of rows for each thread. Else groups of rows, which unless K is large the next
-    // panel finds in the second-level cache, and so many that no thread is idle for want of panels.
+    // b shared: about as many blocks of rows for each thread. Else groups of rows, few
+    // enough that the next panel finds them in the second-level cache (unless K is large), and more of them where
+    // panels are too few for all threads.
     int pieces = share_b ? threads * ((M - 1) / (threads * MC) + 1)
                          : max_int((M - 1) / (8 * MC) + 1, (2 * threads - 1) / panels + 1);
     int height = ((M - 1) / pieces / MR + 1) * MR, width = share_b ? NC : NR;
@@ -714,12 +716,14 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
 // ============================================================================================
 // 4  LAYERS
 // ============================================================================================
-// Backwards ADD to the gradients of parameters, so that micro-batches accumulate. Where a sum
-// runs over tokens, the tokens are cut into PIECES fixed pieces whose sums are then added in
-// order: the result does not depend on the number of threads.
+// Backwards ADD to the gradients of parameters, so that micro-batches accumulate. Where a sum over
+// tokens is no matrix product (biases, norm weights), the tokens are cut into PIECES fixed pieces
+// whose sums are then added in order: the result does not depend on the number of threads.
 
 enum { PIECES = 32 };
-enum { SMALL = 8192 };  // numbers that one thread is done with sooner than others are woken; so long are threads' pieces
+// A loop over fewer numbers runs on one thread, since waking others takes longer; a longer one is
+// dealt out in pieces of this length.
+enum { SMALL = 8192 };
 
 // out[i] += sum over pieces of partial[piece][i], i < n
 static void add_pieces(real *out, const real *partial, long piece_row, int n) {
@@ -829,9 +833,8 @@ static void norm_backward(const Model *m, real *dx, real *dw, real *db, const re
 
 // e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln(2)/2, where a polynomial of degree 6, fitted
 // for the least relative error, is off by 4e-9. With rounding the error stays below 2e-7 for x in
-// [-60, 60], to whose ends x is clamped; NaN stays NaN. At e^-60 = 9e-27 a probability counts as none, and
-// what is made of it is still a normal number as a rule: subnormal ones cost a processor a hundred cycles,
-// even where a compiler computes both sides of a choice and then drops one.
+// [-60, 60], to whose ends x is clamped; NaN stays NaN. e^-60 = 9e-27 is as good as zero for a
+// probability; stopping there also avoids subnormal numbers, each of which costs a hundred cycles.
 static inline real fast_exp(real x) {
 #ifdef REAL_DOUBLE
     return exp(x);
@@ -971,7 +974,8 @@ static void rotate(const Model *m, View x, int heads, int N, int T, int first, i
 // queries against all keys they may see, small enough for the second-level cache; what the
 // backward needs of it is one number per query, lse, from which it makes p again.
 
-enum { STRIP = MC, BLOCK = 4 * STRIP };  // queries to a strip; to a piece of work, whose strips share packed keys
+// Queries handled at once; queries in a thread's piece of work, whose strips share the packed keys.
+enum { STRIP = MC, BLOCK = 4 * STRIP };
 
 typedef struct {
     int heads, kv_heads;     // NH, NKV
@@ -1044,7 +1048,7 @@ static void attention_forward(const Model *m, const Heads *a, View out, real *ls
                     for (int i = 0; i < rows; i++) {
                         int seen = i0 + i + 1, whole = whole_vectors(seen);  // keys 0 .. i0+i
                         real *pi = r.p + i * r.row;
-                        for (int j = seen; j < whole; j++) pi[j] = -INFINITY;  // count as nothing beside the largest, e^0
+                        for (int j = seen; j < whole; j++) pi[j] = -INFINITY;  // e^-60, nothing beside the largest, e^0
                         real max = largest(pi, whole);
                         sums[i] = exp_row(pi, whole, scale, max);
                         for (int j = seen; j < keys; j++) pi[j] = 0;
@@ -1120,11 +1124,11 @@ static void attention_backward(const Model *m, const Heads *a, const Heads *d, V
 // of the products here. Keys are cut into chunks, the unit of work, so that even a single sequence
 // with a single key/value head keeps all threads busy. A chunk's softmax is relative to its own
 // maximum; the chunks are then weighted by e^(their maximum - the largest):
-//     out = sum_c w_c o_c / sum_c w_c sum_c,   w_c = e^(max_c - max)
+//     out = sum_c w_c o_c / sum_c w_c s_c,   w_c = e^(max_c - max), s_c: the chunk's own sum
 
 enum { CHUNK = 256 };  // keys to a chunk, a multiple of NR
 
-// What becomes of the chunks: (B, NH, chunks, value+2), for each head o_c, max_c, sum_c.
+// What becomes of the chunks: (B, NH, chunks, value+2), for each head o_c, max_c, s_c.
 static real *part_of_chunk(const Model *m, int b, int h, int chunk, int chunks, int value) {
     return m->cache->parts + (((long)b * m->c.NH + h) * chunks + chunk) * (value + 2);
 }
@@ -1291,7 +1295,7 @@ static void mla_backward(Model *m, int l, const Acts *acts, int N) {
 // MLA's memory at the price of NH*(NOPE+HS)*R multiply-adds per cached token, layer and step.
 // CACHE_ABSORBED keeps a row per token, [normed latent; rotated key] (capacity, R+rope).
 
-static Heads cache_heads(const Model *m, int l) {  // views of layer l's cache, full or latent
+static Heads cache_heads(const Model *m, int l) {  // [ATTENTION 3] views of layer l's cache, full or latent
     const Config *c = &m->c;
     const Cache *cache = m->cache;
     int latent = cache->mode == CACHE_LATENT, k = latent ? c->R : c->NOPE, rope = c->HS - c->NOPE;
@@ -1313,7 +1317,7 @@ static void panel_put(real *panels, long at, const real *key, int n) {
     for (int i = 0; i < n; i++) place[(long)i * NR] = key[i];
 }
 
-// Appends T tokens of each sequence, from what the front end just made.
+// [ATTENTION 3] Appends T tokens of each sequence, from what the front end just made.
 static void cache_append(Model *m, int l, const Acts *acts, int B, int T) {
     const Config *c = &m->c;
     Cache *cache = m->cache;
@@ -1632,7 +1636,7 @@ static double forward_loss(Model *m, const int *tokens, const int *targets, int 
 // The Euclidean norm of all gradients together (28).
 static double gradient_norm(const Model *m) {
     double sums[PIECES], total = 0;
-    const real *g = m->grads;  // read from m in the loop, it would keep compilers from vectors
+    const real *g = m->grads;  // a copy: read through m in the loop, it would keep compilers from vectors
     #pragma omp parallel for
     for (int p = 0; p < PIECES; p++) {
         size_t from = m->block * p / PIECES, to = m->block * (p + 1) / PIECES;
@@ -1725,7 +1729,7 @@ typedef struct {
     const char *path;
     uint16_t *tokens;
     long n;
-    int largest;  // token
+    int largest, text;  // the largest token; whether tokens are a text's bytes
 } Data;
 
 static Data data_load(const char *path) {
@@ -1749,7 +1753,7 @@ static Data data_load(const char *path) {
         if (zero)
             fail(1, "%s: neither tokens (first number %d, expected %d) nor text (a zero byte at offset %ld)", path,
                  header[0], MAGIC, (long)(zero - bytes));
-        d.n = size;
+        d.n = size, d.text = 1;
         d.tokens = allocate(size * sizeof *d.tokens, path);
         for (size_t i = 0; i < size; i++) d.tokens[i] = bytes[i];
     }
@@ -1969,10 +1973,11 @@ static void check_replaceable(const char *path, const char *kind, const char *li
     if (stat(path, &st)) return;
     if (!S_ISREG(st.st_mode)) fail(1, "%s: exists and is no regular file; will not replace it", path);
     FILE *f = fopen(path, "rb");
-    size_t n = f && !fseek(f, at, SEEK_SET) ? fread(found, 1, strlen(like), f) : 0;
-    if (st.st_size && (!f || memcmp(found, like, n) || (n < strlen(like) && !partial)))
+    if (!f) fail(1, "%s: exists and cannot be read: %s; will not replace it", path, strerror(errno));
+    size_t n = !fseek(f, at, SEEK_SET) ? fread(found, 1, strlen(like), f) : 0;
+    if (st.st_size && (memcmp(found, like, n) || (n < strlen(like) && !partial)))
         fail(1, "%s: exists and is no %s of this program; will not replace it", path, kind);
-    if (f) fclose(f);
+    fclose(f);
 }
 
 // Fails if a checkpoint could not be written to `path`: better before the training than after it.
@@ -2456,7 +2461,7 @@ static void generate_command(Model *m, const Options *o, const Tokenizer *tokeni
     long floats = cache_floats(c, mode), mha = 2L * c->L * c->C;
     double tokens = (double)B * capacity, MB = sizeof(real) / 1e6;
     printf("\n\nprompt %ld tokens x %d, %.0f tok/s | decoded %d tokens x %d, %.0f tok/s\n", n_prompt, B,
-           n_prompt * B / g.prompt_seconds, n, B, n > 1 ? (n - 1) * B / g.seconds : 0.0);
+           n_prompt * B / g.prompt_seconds, n, B, n > 1 ? (n - 1.0) * B / g.seconds : 0.0);
     printf("cache %s: %ld floats per token, %.2f MB in all | MHA: %ld floats per token, %.2f MB in all\n", cache_names[mode],
            floats, floats * tokens * MB, mha, mha * tokens * MB);
     cache_free(cache);
@@ -2541,12 +2546,13 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
     int B = o->batch_size, T = o->seq_len, live = isatty(1);
     int *x = allocate(2 * sizeof(int) * B * T, "batch"), *y = x + B * T;
     Schedule schedule = {o->schedule, o->steps, o->warmup, o->learning_rate, o->min_lr};
-    long step = done, saved = done;  // steps done; and those in the checkpoint, which without a step needs no saving
+    long step = done, saved = done;  // steps done; the step that the file on disk holds (done: nothing new to save)
     Cache *cache = o->sample_every ? cache_create(m, cache_mode(&m->c), 1, T) : NULL;  // for samples
     Sampling how = {o->temperature, o->top_k};
     int start_token = min_int(tokenizer->eot, m->c.V - 1);
     if (o->save) check_checkpoint_writable(o->save);
     FILE *log = o->log ? log_open(o->log, done) : NULL;
+    if (o->save && log) check_checkpoint_writable(o->save);  // again: the log may be the same file by another name
     struct sigaction stop = {.sa_handler = on_signal, .sa_flags = SA_RESTART};  // writing a file goes on
     struct sigaction hangup;
     sigaction(SIGINT, &stop, NULL), sigaction(SIGTERM, &stop, NULL);
@@ -2597,7 +2603,7 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
             if (fflush(log)) fail(1, "%s: cannot write: %s", o->log, strerror(errno));
         }
         if (o->save && o->save_every && step % o->save_every == 0) {
-            if (log) fsync(fileno(log));  // a log that reaches the disk never ends before the checkpoint
+            if (log) fsync(fileno(log));  // after a crash it holds at least the checkpoint's steps
             checkpoint_save(m, o->save, saved = step, settings);
         }
     }
@@ -2741,7 +2747,7 @@ static void parse_options(int argc, char **argv) {
         if (o == options + N_OPTIONS) fail(2, "%s: no such option; --help lists them", argv[i]);
         if (o->given++) fail(2, "%s: given twice", o->name);
         if (o->kind == FLAG) *(int *)o->at = 1;
-        else if (++i == argc || (o->kind != TEXT && !strncmp(argv[i], "--", 2))) fail(2, "%s: its value is missing", o->name);
+        else if (++i == argc || (o->at != &opt.prompt && !strncmp(argv[i], "--", 2))) fail(2, "%s: its value is missing", o->name);
         else option_set(o, argv[i]);
     }
 }
@@ -2769,6 +2775,8 @@ static const char *tokenizer_beside(const char *data) {
 }
 
 static void check_data(const Data *d, const Model *m, long needed) {
+    if (d->text && opt.tokenizer && m->c.V > 256)
+        fail(1, "%s: a text, read as bytes, but %s has %d tokens: expected a token file", d->path, opt.tokenizer, m->c.V);
     if (d->largest >= m->c.V)
         fail(1, "%s: token %d, expected less than the model's vocabulary, %d: made with another tokenizer?", d->path,
              d->largest, m->c.V);
@@ -2840,7 +2848,7 @@ int main(int argc, char **argv) {
     Data train_data = {0}, val_data = {0};
     if (!opt.train_data && !opt.val_data && !access(prepared, R_OK))
         opt.train_data = prepared, opt.val_data = "data/tinyshakespeare_val.bin";
-    int named = opt.tokenizer != NULL;
+    int named = opt.tokenizer != NULL, defaults = opt.train_data == prepared;
     if (!named) opt.tokenizer = tokenizer_beside(opt.train_data ? opt.train_data : opt.val_data);
     Tokenizer tokenizer = opt.tokenizer ? tokenizer_load(opt.tokenizer) : tokenizer_bytes();
     if (generating || (training && opt.steps == 0 && !opt.train_data)) {
@@ -2876,6 +2884,8 @@ int main(int argc, char **argv) {
         m = model_create(c, updating);
         model_init(m, opt.seed);
     }
+    if (!named && defaults && m->c.V == 256 && tokenizer.V != 256)  // a byte model, beside other data
+        tokenizer_free(&tokenizer), tokenizer = tokenizer_bytes(), opt.tokenizer = NULL;
     if (opt.tokenizer && (named ? tokenizer.V > m->c.V : tokenizer.V != m->c.V))  // a smaller one must be meant
         fail(1, "%s: vocabulary %d, the model's is %d: made with another --tokenizer?", opt.tokenizer, tokenizer.V, m->c.V);
     if (!opt.tokenizer && m->c.V != 256) tokenizer.V = 0;  // what its tokens stand for is not known

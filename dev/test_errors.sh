@@ -61,6 +61,7 @@ row 2 '--layer: no such option; --help lists them' --layer 3
 row 2 'train: no such option; --help lists them' train
 row 2 '--layers: its value is missing' --layers
 row 2 '--layers: its value is missing' --layers --heads 2
+row 2 '--save: its value is missing' --save --steps 5
 row 2 '--layers: given twice' --layers 3 --layers 3
 row 2 "--layers: 'x', expected a whole number from 1 to 1000" --layers x
 row 2 "--layers: '', expected a whole number from 1 to 1000" --layers ''
@@ -164,6 +165,11 @@ row 2 "--generate: expected --tokenizer FILE, the model's vocabulary is 2" --loa
 row 1 "text: token 117, expected less than the model's vocabulary, 2: made with another tokenizer?" --load two --eval --val-data text --tokenizer tok
 cp tok x_tokenizer.bin; cp text x_train.bin
 row 1 "x_tokenizer.bin: vocabulary 2, the model's is 256: made with another --tokenizer?" --load model --train-data x_train.bin
+{ header 20240328 2 300 0; for i in $(seq 300); do printf '\001a'; done; } >tok.300
+row 1 'text: a text, read as bytes, but tok.300 has 300 tokens: expected a token file' $tiny --train-data text --tokenizer tok.300
+mkdir data; cp text data/tinyshakespeare_train.bin; cp tok data/tinyshakespeare_tokenizer.bin
+holds "a model of bytes needs no other data's tokenizer" $RUN "$program" --load model --generate 2
+rm -r data
 
 # Checkpoints
 
@@ -272,6 +278,8 @@ cp log.csv log.before
 row 1 'text: exists and is no checkpoint of this program; will not replace it' $trained --log log.csv --save text
 holds "a log that was there is as it was" cmp log.csv log.before
 row 2 '--log both: the same file as --save' $trained --log both --save both
+row 1 './x: exists and is no checkpoint of this program; will not replace it' $trained --log x --save ./x
+row 1 'y.tmp: exists and is no checkpoint of this program; will not replace it' $trained --log y.tmp --save y
 cp text new.tmp
 row 1 'new.tmp: exists and is no checkpoint of this program; will not replace it' $trained --save new
 row 1 'model: exists and is no log of this program; will not replace it' $trained --log model
