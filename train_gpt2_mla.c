@@ -559,10 +559,11 @@ _Alignas(64) static real shared[NC * KC];             // panels that all threads
 
 // --- Tiles over whole matrices, within one thread
 
-// c (M, N) = start + a b. Row i of a starts at a.p + i/MR*a_panel + i%MR*a.row: a_panel is the size of a
-// panel if a is packed, MR*a.row if it is read where it lies. b is packed by NR columns (b_row NR),
-// `panel` numbers from one panel to the next; or it lies in rows (panel NR), which must be readable up
-// to NR numbers past the last. Tiles that stick out of c go through one of their own.
+// c (M, N) = start + a b. Row i of a starts at a.p + i/MR*a_panel + i%MR*a.row.
+//   a  in panels of a_panel numbers; or read where it lies, with a_panel = MR*a.row
+//   b  in panels of NR columns, b_row = NR, `panel` numbers each; or in rows where it lies, with
+//      panel = NR, readable up to NR numbers past its end
+// A tile that sticks out of c is computed in `edge`, and the part inside is copied.
 static void multiply_blocks(real *c, long c_row, Mat a, long a_panel, const real *b, long b_row, long panel,
                             int M, int N, int K, const real *start, long start_row) {
     for (int j = 0; j < N; j += NR, b += panel)
@@ -634,8 +635,8 @@ static void few_dots(real *c, const real *x, Mat b, int N, int K, const real *st
 }
 
 // c (M, N) = start + a b for a few rows within one thread; a's numbers are adjacent within a row. b's
-// rows are contiguous (rows NR apart are those of panels, or of a single one, which is the same), or
-// its columns are.
+// columns are contiguous, or its rows. Rows NR apart are read as panels: a plain matrix of such rows
+// has at most NR columns and is a single panel, which is the same.
 static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
     long panel = b.row == NR ? (long)K * NR : NR;
     if (b.col == 1) multiply_blocks(c, c_row, a, MR * a.row, b.p, b.row, panel, M, N, K, start, start_row);
@@ -887,8 +888,8 @@ static void gelu_forward(real *y, const real *x, long n) {
     for (long i = 0; i < n; i++) y[i] = x[i] / (1 + fast_exp(-GELU_2U(x[i])));
 }
 
-// dx = dy (s + x s (1 - s) (2u)') (7), over dy in place. Makes y = gelu(x) again, over x, which is of no
-// more use: the forward did not keep it, and both need s.
+// dx = dy (s + x s (1 - s) (2u)') (7), over dy in place. Overwrites x with y = gelu(x), which the forward
+// did not keep and the gradient of c_proj's weight needs: one product more, since s is at hand.
 static void gelu_backward(real *dy, real *x, long n) {
     #pragma omp parallel for simd schedule(static, SMALL) if (parallel : n > SMALL)
     for (long i = 0; i < n; i++) {
@@ -1473,7 +1474,7 @@ static void place_acts(Model *m, Arena *arena, int T, int training) {
 
 // Memory for the activations of up to B sequences of T tokens.
 static void model_reserve(Model *m, int B, int T, int training) {
-    // Rows of numbers are counted in int where they are rows of one tensor.
+    // A limit under which tokens, and tokens times any width, fit an int.
     long widest = max_int(4 * m->c.C, max_int(m->c.QKV, m->c.R ? m->c.NH * (m->c.NOPE + m->c.HS) : 0));
     if ((long)B * T > INT_MAX / widest)
         fail(1, "a batch of %d x %d tokens: expected at most %ld tokens for this model", B, T, INT_MAX / widest);
