@@ -675,9 +675,9 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
         return;
     }
     int share_b = packed ? M >= N || M > NC - MR : M > 4 * MC * threads;
-    // b shared: about as many blocks of rows for each thread. Else groups of rows, few
-    // enough that the next panel finds them in the second-level cache (unless K is large), and more of them where
-    // panels are too few for all threads.
+    // b shared: about as many blocks of rows for each thread. Else groups of rows, few enough
+    // that the next panel finds them in the second-level cache (unless K is large), and more groups where panels
+    // are too few for all threads.
     int pieces = share_b ? threads * ((M - 1) / (threads * MC) + 1)
                          : max_int((M - 1) / (8 * MC) + 1, (2 * threads - 1) / panels + 1);
     int height = ((M - 1) / pieces / MR + 1) * MR, width = share_b ? NC : NR;
@@ -2775,9 +2775,9 @@ static const char *tokenizer_beside(const char *data) {
     return access(path, R_OK) ? NULL : path;
 }
 
-static void check_data(const Data *d, const Model *m, long needed) {
-    if (d->text && opt.tokenizer && m->c.V > 256)
-        fail(1, "%s: a text, read as bytes, but %s has %d tokens: expected a token file", d->path, opt.tokenizer, m->c.V);
+static void check_data(const Data *d, const Model *m, const Tokenizer *tokenizer, long needed) {
+    if (d->text && tokenizer->V > 256)
+        fail(1, "%s: a text, read as bytes, but %s has %d tokens: expected a token file", d->path, opt.tokenizer, tokenizer->V);
     if (d->largest >= m->c.V)
         fail(1, "%s: token %d, expected less than the model's vocabulary, %d: made with another tokenizer?", d->path,
              d->largest, m->c.V);
@@ -2910,8 +2910,8 @@ int main(int argc, char **argv) {
             fail(1, "%s: step '%s', expected a number from 0 to %ld", opt.save, step, opt.steps);
     }
     if (checkpoint.f) checkpoint_close(&checkpoint);
-    if (val_data.n) check_data(&val_data, m, 2);
-    if (train_data.n) check_data(&train_data, m, opt.order == SEQUENTIAL ? (long)B * opt.seq_len + 1 : opt.seq_len + 1);
+    if (val_data.n) check_data(&val_data, m, &tokenizer, 2);
+    if (train_data.n) check_data(&train_data, m, &tokenizer, opt.order == SEQUENTIAL ? (long)B * opt.seq_len + 1 : opt.seq_len + 1);
     print_model(m);
 
     if (generating) generate_command(m, &opt, &tokenizer);
