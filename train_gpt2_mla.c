@@ -487,6 +487,7 @@ typedef struct {
 static Mat rows_of(const real *p, long row) { return (Mat){p, row, 1}; }
 static Mat transpose(Mat a) { return (Mat){a.p, a.col, a.row}; }
 static Mat transposed(const real *p, long row) { return transpose(rows_of(p, row)); }
+static Mat from(Mat a, long i, long j) { return (Mat){a.p + i * a.row + j * a.col, a.row, a.col}; }  // element (i, j) on
 
 // c (rows, vectors*VW) = start + a b. Number (i, k) of a is a[i*a_row + k*a_step], rows of b are b_row
 // apart. `start` is c itself to add to it, a row with stride 0 to add a bias, NULL for zero. Always
@@ -554,8 +555,8 @@ static inline void pack(real *dst, const real *src, long line, long deep, int n,
     }
 }
 
-_Alignas(64) static _Thread_local real own[MC * KC];  // panels of a thread's own, of a or of b
-_Alignas(64) static real shared[NC * KC];             // panels that all threads read, of b or of a
+_Alignas(64) static _Thread_local real own_a[MC * KC], own_b[NC / 2 * KC];  // panels of a thread's own
+_Alignas(64) static real shared[NC * KC];                                   // panels that all threads read
 
 // --- Tiles over whole matrices, within one thread
 
@@ -646,22 +647,40 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, c
             for (int k = 0; k < K; k += MC * KC / FEW) {
                 int rows = min_int(FEW, M - m), kc = min_int(MC * KC / FEW, K - k);
                 real *cm = c + m * c_row;
-                pack(own, a.p + m * a.row + k, a.row, 1, rows, kc, VW);
-                few_by_columns(cm, c_row, own, (Mat){b.p + k, 1, b.col}, rows, N, kc,
+                pack(own_a, a.p + m * a.row + k, a.row, 1, rows, kc, VW);
+                few_by_columns(cm, c_row, own_a, from(b, k, 0), rows, N, kc,
                                k ? cm : start ? start + m * start_row : NULL, k ? c_row : start_row);
             }
 }
 
 // --- The product, by all threads
 //
-// `shared` holds panels that all threads read, `own` those that one thread needs at the moment.
-//   - If a must be packed too, the smaller of the two is shared (a only if there is room for all its rows).
-//   - If not, b is shared where each thread has many rows. Where it has few, most of a shared b would
-//     come out of another processor's cache: there each thread packs b for itself.
-//
-//              shared       own          a piece of work               terms of the sums at a time
-//   b shared   b, KC x NC   a if packed  <= MC rows, NC columns        KC
-//   else       a if packed  panel of b   <= 8 MC rows, NR columns      KC if a is packed, else all K
+// c is cut into blocks, which threads take one by one. What a block needs in panels, its thread packs alone, or all
+// threads pack together what all will read (`shared`), which saves copying, but they must wait for each other.
+//   a has to be packed (a weight's gradient; b has to be always):
+//     c is small     each packs both, for a block of c as square as can be: it has the fewest rows and columns
+//     else           the smaller of the two is shared (a only if there is room for all its rows)
+//   a is read where it lies:
+//     many rows      b is shared; a block has up to MC rows
+//     else           each packs NR columns of b, for up to 8 MC rows: most of a shared b would
+//                    come out of another processor's cache, to be used a few times only
+
+// c (M, N) = start + a b by one thread, which packs b, up to NC/2 columns of it, and a too if its rows are not contiguous.
+static void multiply_alone(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
+    int packed = a.col != 1, height = packed ? MC : M;
+    for (int k = 0; k < K; k += KC) {
+        int kc = min_int(KC, K - k);
+        pack(own_b, from(b, k, 0).p, b.col, b.row, N, kc, NR);
+        for (int i = 0; i < M; i += height) {
+            int m = min_int(height, M - i);
+            Mat rows = from(a, i, k);
+            real *pc = c + i * c_row;
+            if (packed) pack(own_a, rows.p, a.row, a.col, m, kc, MR), rows = (Mat){own_a, 1, MR};
+            multiply_blocks(pc, c_row, rows, MR * (packed ? kc : a.row), own_b, NR, (long)kc * NR, m, N, kc,
+                            k ? pc : start ? start + i * start_row : NULL, k ? c_row : start_row);
+        }
+    }
+}
 
 // c (M, N) = start + a (M, K) b (K, N); c's rows are c_row apart. For start see tile.
 static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
@@ -670,47 +689,54 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
         int columns = M == 1 ? 64 : ((N - 1) / threads / MR + 1) * MR;  // few_dots: eight streams of 8 columns
         #pragma omp parallel for
         for (int j = 0; j < N; j += columns)
-            matmul_few(c + j, c_row, a, (Mat){b.p + j * b.col, 1, b.col}, M, min_int(columns, N - j), K,
-                       start ? start + j : NULL, start_row);
+            matmul_few(c + j, c_row, a, from(b, 0, j), M, min_int(columns, N - j), K, start ? start + j : NULL, start_row);
         return;
     }
-    int share_b = packed ? M >= N || M > NC - MR : M > 4 * MC * threads;
-    // b shared: about as many blocks of rows for each thread. Else groups of rows, few enough
-    // that the next panel finds them in the second-level cache (unless K is large), and more groups where panels
-    // are too few for all threads.
-    int pieces = share_b ? threads * ((M - 1) / (threads * MC) + 1)
-                         : max_int((M - 1) / (8 * MC) + 1, (2 * threads - 1) / panels + 1);
-    int height = ((M - 1) / pieces / MR + 1) * MR, width = share_b ? NC : NR;
-    int across = share_b ? NC : N, depth = share_b || packed ? KC : K;  // columns and terms at a time
+    // Groups of rows, few enough that the next panel finds them in the second-level cache (unless K is
+    // large), and more groups where panels are too few for all threads.
+    int groups = max_int((M - 1) / (8 * MC) + 1, (2 * threads - 1) / panels + 1), width = NR;
+    if (packed ? (long)M * N <= NC * NC / 2 : M <= 4 * MC * threads) {
+        if (packed) {
+            int across = (N - 1) / (NC / 2) + 1;
+            for (int n = across + 1; n <= threads; n++)  // a block for each thread, of the least rows + columns
+                if (threads % n == 0 && M * n / threads + N / n < M * across / threads + N / across) across = n;
+            groups = max_int(threads / across, 1), width = ((N - 1) / across / NR + 1) * NR;
+        }
+        int height = ((M - 1) / groups / MR + 1) * MR;
+        #pragma omp parallel for collapse(2) schedule(dynamic)
+        for (int i = 0; i < M; i += height)
+            for (int j = 0; j < N; j += width)
+                multiply_alone(c + i * c_row + j, c_row, from(a, i, 0), from(b, 0, j), min_int(height, M - i), min_int(width, N - j),
+                               K, start ? start + i * start_row + j : NULL, start_row);
+        return;
+    }
+    int share_b = !packed || M >= N || M > NC - MR, across = share_b ? NC : N;
+    if (share_b) groups = threads * ((M - 1) / (threads * MC) + 1), width = NC;  // as many for each thread
+    int height = ((M - 1) / groups / MR + 1) * MR;
     #pragma omp parallel
     for (int j0 = 0; j0 < N; j0 += across)
-        for (int k0 = 0; k0 < K; k0 += depth) {
-            int j_end = min_int(j0 + across, N), terms = min_int(depth, K - k0);
+        for (int k = 0; k < K; k += KC) {
+            int j_end = min_int(j0 + across, N), kc = min_int(KC, K - k);
             if (share_b) {
                 #pragma omp for
                 for (int j = j0; j < j_end; j += NR)
-                    pack(shared + (long)(j - j0) * terms, b.p + j * b.col + k0 * b.row, b.col, b.row,
-                         min_int(NR, j_end - j), terms, NR);
-            } else if (packed) {
+                    pack(shared + (long)(j - j0) * kc, from(b, k, j).p, b.col, b.row, min_int(NR, j_end - j), kc, NR);
+            } else {
                 #pragma omp for
                 for (int i = 0; i < M; i += MR)
-                    pack(shared + (long)i * terms, a.p + i * a.row + k0 * a.col, a.row, a.col,
-                         min_int(MR, M - i), terms, MR);
+                    pack(shared + (long)i * kc, from(a, i, k).p, a.row, a.col, min_int(MR, M - i), kc, MR);
             }
             #pragma omp for collapse(2) schedule(dynamic)
             for (int i = 0; i < M; i += height)
-                for (int j = j0; j < j_end; j += width)
-                    for (int k = k0; k < k0 + terms; k += KC) {
-                        int m = min_int(height, M - i), n = min_int(width, j_end - j), kc = min_int(KC, K - k);
-                        const real *pa = a.p + i * a.row + k * a.col, *pb = b.p + j * b.col + k * b.row;
-                        real *pc = c + i * c_row + j;
-                        if (!share_b) pack(own, pb, b.col, b.row, n, kc, NR);
-                        else if (packed) pack(own, pa, a.row, a.col, m, kc, MR);
-                        Mat rows = packed ? (Mat){share_b ? own : shared + (long)i * kc, 1, MR} : rows_of(pa, a.row);
-                        const real *s = k ? pc : start ? start + i * start_row + j : NULL;
-                        multiply_blocks(pc, c_row, rows, MR * (packed ? kc : a.row), share_b ? shared : own, NR,
-                                        (long)kc * NR, m, n, kc, s, k ? c_row : start_row);
-                    }
+                for (int j = j0; j < j_end; j += width) {
+                    int m = min_int(height, M - i), n = min_int(width, j_end - j);
+                    Mat rows = packed ? (Mat){share_b ? own_a : shared + (long)i * kc, 1, MR} : from(a, i, k);
+                    real *pc = c + i * c_row + j;
+                    if (!share_b) pack(own_b, from(b, k, j).p, b.col, b.row, n, kc, NR);
+                    else if (packed) pack(own_a, from(a, i, k).p, a.row, a.col, m, kc, MR);
+                    multiply_blocks(pc, c_row, rows, MR * (packed ? kc : a.row), share_b ? shared : own_b, NR, (long)kc * NR,
+                                    m, n, kc, k ? pc : start ? start + i * start_row + j : NULL, k ? c_row : start_row);
+                }
         }
 }
 
