@@ -487,7 +487,8 @@ typedef struct {
 static Mat rows_of(const real *p, long row) { return (Mat){p, row, 1}; }
 static Mat transpose(Mat a) { return (Mat){a.p, a.col, a.row}; }
 static Mat transposed(const real *p, long row) { return transpose(rows_of(p, row)); }
-static Mat from(Mat a, long i, long j) { return (Mat){a.p + i * a.row + j * a.col, a.row, a.col}; }  // element (i, j) on
+// The part of a from element (i, j) on.
+static Mat from(Mat a, long i, long j) { return (Mat){a.p + i * a.row + j * a.col, a.row, a.col}; }
 
 // c (rows, vectors*VW) = start + a b. Number (i, k) of a is a[i*a_row + k*a_step], rows of b are b_row
 // apart. `start` is c itself to add to it, a row with stride 0 to add a bias, NULL for zero. Always
@@ -657,15 +658,16 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, c
 //
 // c is cut into blocks, which threads take one by one. What a block needs in panels, its thread packs alone, or all
 // threads pack together what all will read (`shared`), which saves copying, but they must wait for each other.
-//   a has to be packed (a weight's gradient; b has to be always):
-//     c is small     each packs both, for a block of c as square as can be: it has the fewest rows and columns
+// b is always packed (but for few rows), a if its columns are contiguous, as in a weight's gradient:
+//     c is small     each packs both, for a block of c about square: it has the fewest rows and columns
 //     else           the smaller of the two is shared (a only if there is room for all its rows)
-//   a is read where it lies:
+// If a is read where it lies:
 //     many rows      b is shared; a block has up to MC rows
 //     else           each packs NR columns of b, for up to 8 MC rows: most of a shared b would
 //                    come out of another processor's cache, to be used a few times only
 
-// c (M, N) = start + a b by one thread, which packs b, up to NC/2 columns of it, and a too if its rows are not contiguous.
+// c (M, N) = start + a b by one thread, which packs b, NC/2 columns at most, and a too if its rows are not
+// contiguous.
 static void multiply_alone(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
     int packed = a.col != 1, height = packed ? MC : M;
     for (int k = 0; k < K; k += KC) {
@@ -689,7 +691,8 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
         int columns = M == 1 ? 64 : ((N - 1) / threads / MR + 1) * MR;  // few_dots: eight streams of 8 columns
         #pragma omp parallel for
         for (int j = 0; j < N; j += columns)
-            matmul_few(c + j, c_row, a, from(b, 0, j), M, min_int(columns, N - j), K, start ? start + j : NULL, start_row);
+            matmul_few(c + j, c_row, a, from(b, 0, j), M, min_int(columns, N - j), K,
+                       start ? start + j : NULL, start_row);
         return;
     }
     // Groups of rows, few enough that the next panel finds them in the second-level cache (unless K is
@@ -706,8 +709,8 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
         #pragma omp parallel for collapse(2) schedule(dynamic)
         for (int i = 0; i < M; i += height)
             for (int j = 0; j < N; j += width)
-                multiply_alone(c + i * c_row + j, c_row, from(a, i, 0), from(b, 0, j), min_int(height, M - i), min_int(width, N - j),
-                               K, start ? start + i * start_row + j : NULL, start_row);
+                multiply_alone(c + i * c_row + j, c_row, from(a, i, 0), from(b, 0, j), min_int(height, M - i),
+                               min_int(width, N - j), K, start ? start + i * start_row + j : NULL, start_row);
         return;
     }
     int share_b = !packed || M >= N || M > NC - MR, across = share_b ? NC : N;
@@ -720,7 +723,8 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
             if (share_b) {
                 #pragma omp for
                 for (int j = j0; j < j_end; j += NR)
-                    pack(shared + (long)(j - j0) * kc, from(b, k, j).p, b.col, b.row, min_int(NR, j_end - j), kc, NR);
+                    pack(shared + (long)(j - j0) * kc, from(b, k, j).p, b.col, b.row, min_int(NR, j_end - j),
+                         kc, NR);
             } else {
                 #pragma omp for
                 for (int i = 0; i < M; i += MR)
@@ -734,8 +738,9 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
                     real *pc = c + i * c_row + j;
                     if (!share_b) pack(own_b, from(b, k, j).p, b.col, b.row, n, kc, NR);
                     else if (packed) pack(own_a, from(a, i, k).p, a.row, a.col, m, kc, MR);
-                    multiply_blocks(pc, c_row, rows, MR * (packed ? kc : a.row), share_b ? shared : own_b, NR, (long)kc * NR,
-                                    m, n, kc, k ? pc : start ? start + i * start_row + j : NULL, k ? c_row : start_row);
+                    const real *s = k ? pc : start ? start + i * start_row + j : NULL;
+                    multiply_blocks(pc, c_row, rows, MR * (packed ? kc : a.row), share_b ? shared : own_b, NR,
+                                    (long)kc * NR, m, n, kc, s, k ? c_row : start_row);
                 }
         }
 }

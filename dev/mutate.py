@@ -126,8 +126,8 @@ MUTATIONS = [
     ("matmul", ": from(a, i, k);", ": from(a, i, 0);", "a where it lies: every block of k is the first"),
     ("matmul", "MR * (packed ? kc : a.row)", "MR * a.row", "panels of a taken for rows"),
     ("matmul", "k ? pc : start ?", "start ?", "later blocks of k start afresh"),
-    ("matmul", "start + i * start_row + j : NULL, k", "start + i * start_row : NULL, k", "bias of the first columns for all"),
-    ("matmul", "start + i * start_row + j : NULL, k", "start + j : NULL, k", "rows of the start are the first ones"),
+    ("matmul", "start + i * start_row + j : NULL;", "start + i * start_row : NULL;", "bias of the first columns for all"),
+    ("matmul", "start + i * start_row + j : NULL;", "start + j : NULL;", "rows of the start are the first ones"),
     ("matmul", "k ? c_row : start_row", "start_row", "later blocks of k with the bias's stride"),
 
     # --- 4: layers
