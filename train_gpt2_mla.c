@@ -488,7 +488,7 @@ static Mat rows_of(const real *p, long row) { return (Mat){p, row, 1}; }
 static Mat transpose(Mat a) { return (Mat){a.p, a.col, a.row}; }
 static Mat transposed(const real *p, long row) { return transpose(rows_of(p, row)); }
 // The part of a from element (i, j) on.
-static Mat from(Mat a, long i, long j) { return (Mat){a.p + i * a.row + j * a.col, a.row, a.col}; }
+static Mat mat_from(Mat a, long i, long j) { return (Mat){a.p + i * a.row + j * a.col, a.row, a.col}; }
 
 // c (rows, vectors*VW) = start + a b. Number (i, k) of a is a[i*a_row + k*a_step], rows of b are b_row
 // apart. `start` is c itself to add to it, a row with stride 0 to add a bias, NULL for zero. Always
@@ -649,7 +649,7 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, c
                 int rows = min_int(FEW, M - m), kc = min_int(MC * KC / FEW, K - k);
                 real *cm = c + m * c_row;
                 pack(own_a, a.p + m * a.row + k, a.row, 1, rows, kc, VW);
-                few_by_columns(cm, c_row, own_a, from(b, k, 0), rows, N, kc,
+                few_by_columns(cm, c_row, own_a, mat_from(b, k, 0), rows, N, kc,
                                k ? cm : start ? start + m * start_row : NULL, k ? c_row : start_row);
             }
 }
@@ -659,7 +659,8 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, c
 // c is cut into blocks, which threads take one by one. What a block needs in panels, its thread packs alone, or all
 // threads pack together what all will read (`shared`), which saves copying, but they must wait for each other.
 // b is always packed (but for few rows), a if its columns are contiguous, as in a weight's gradient:
-//     c is small     each packs both, for a block of c about square: it has the fewest rows and columns
+//     c is small     (NC*NC/2 numbers at most) each packs both, for a block of c about square: it has
+//                    the fewest rows and columns
 //     else           the smaller of the two is shared (a only if there is room for all its rows)
 // If a is read where it lies:
 //     many rows      b is shared; a block has up to MC rows
@@ -672,10 +673,10 @@ static void multiply_alone(real *c, long c_row, Mat a, Mat b, int M, int N, int 
     int packed = a.col != 1, height = packed ? MC : M;
     for (int k = 0; k < K; k += KC) {
         int kc = min_int(KC, K - k);
-        pack(own_b, from(b, k, 0).p, b.col, b.row, N, kc, NR);
+        pack(own_b, mat_from(b, k, 0).p, b.col, b.row, N, kc, NR);
         for (int i = 0; i < M; i += height) {
             int m = min_int(height, M - i);
-            Mat rows = from(a, i, k);
+            Mat rows = mat_from(a, i, k);
             real *pc = c + i * c_row;
             if (packed) pack(own_a, rows.p, a.row, a.col, m, kc, MR), rows = (Mat){own_a, 1, MR};
             multiply_blocks(pc, c_row, rows, MR * (packed ? kc : a.row), own_b, NR, (long)kc * NR, m, N, kc,
@@ -691,7 +692,7 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
         int columns = M == 1 ? 64 : ((N - 1) / threads / MR + 1) * MR;  // few_dots: eight streams of 8 columns
         #pragma omp parallel for
         for (int j = 0; j < N; j += columns)
-            matmul_few(c + j, c_row, a, from(b, 0, j), M, min_int(columns, N - j), K,
+            matmul_few(c + j, c_row, a, mat_from(b, 0, j), M, min_int(columns, N - j), K,
                        start ? start + j : NULL, start_row);
         return;
     }
@@ -709,7 +710,7 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
         #pragma omp parallel for collapse(2) schedule(dynamic)
         for (int i = 0; i < M; i += height)
             for (int j = 0; j < N; j += width)
-                multiply_alone(c + i * c_row + j, c_row, from(a, i, 0), from(b, 0, j), min_int(height, M - i),
+                multiply_alone(c + i * c_row + j, c_row, mat_from(a, i, 0), mat_from(b, 0, j), min_int(height, M - i),
                                min_int(width, N - j), K, start ? start + i * start_row + j : NULL, start_row);
         return;
     }
@@ -723,21 +724,21 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
             if (share_b) {
                 #pragma omp for
                 for (int j = j0; j < j_end; j += NR)
-                    pack(shared + (long)(j - j0) * kc, from(b, k, j).p, b.col, b.row, min_int(NR, j_end - j),
+                    pack(shared + (long)(j - j0) * kc, mat_from(b, k, j).p, b.col, b.row, min_int(NR, j_end - j),
                          kc, NR);
             } else {
                 #pragma omp for
                 for (int i = 0; i < M; i += MR)
-                    pack(shared + (long)i * kc, from(a, i, k).p, a.row, a.col, min_int(MR, M - i), kc, MR);
+                    pack(shared + (long)i * kc, mat_from(a, i, k).p, a.row, a.col, min_int(MR, M - i), kc, MR);
             }
             #pragma omp for collapse(2) schedule(dynamic)
             for (int i = 0; i < M; i += height)
                 for (int j = j0; j < j_end; j += width) {
                     int m = min_int(height, M - i), n = min_int(width, j_end - j);
-                    Mat rows = packed ? (Mat){share_b ? own_a : shared + (long)i * kc, 1, MR} : from(a, i, k);
+                    Mat rows = packed ? (Mat){share_b ? own_a : shared + (long)i * kc, 1, MR} : mat_from(a, i, k);
                     real *pc = c + i * c_row + j;
-                    if (!share_b) pack(own_b, from(b, k, j).p, b.col, b.row, n, kc, NR);
-                    else if (packed) pack(own_a, from(a, i, k).p, a.row, a.col, m, kc, MR);
+                    if (!share_b) pack(own_b, mat_from(b, k, j).p, b.col, b.row, n, kc, NR);
+                    else if (packed) pack(own_a, mat_from(a, i, k).p, a.row, a.col, m, kc, MR);
                     const real *s = k ? pc : start ? start + i * start_row + j : NULL;
                     multiply_blocks(pc, c_row, rows, MR * (packed ? kc : a.row), share_b ? shared : own_b, NR,
                                     (long)kc * NR, m, n, kc, s, k ? c_row : start_row);
