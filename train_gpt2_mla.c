@@ -656,8 +656,8 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, c
 
 // --- The product, by all threads
 //
-// c is cut into blocks, which threads take one by one. What a block needs in panels, its thread packs alone, or all
-// threads pack together what all will read (`shared`), which saves copying, but they must wait for each other.
+// c is cut into blocks. What a block needs in panels, its thread packs alone, or all threads pack together
+// what all will read (`shared`), which saves copying, but they must wait for each other.
 // b is always packed (but for few rows), a if its columns are contiguous, as in a weight's gradient:
 //     c is small     (NC*NC/2 numbers at most) each packs both, for a block of c about square: it has
 //                    the fewest rows and columns
@@ -685,38 +685,20 @@ static void multiply_alone(real *c, long c_row, Mat a, Mat b, int M, int N, int 
     }
 }
 
-// c (M, N) = start + a (M, K) b (K, N); c's rows are c_row apart. For start see tile.
-static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
-    int threads = omp_get_max_threads(), panels = (N - 1) / NR + 1, packed = a.col != 1;
-    if (M <= FEW && !packed && b.row == 1) {
-        int columns = M == 1 ? 64 : ((N - 1) / threads / MR + 1) * MR;  // few_dots: eight streams of 8 columns
-        #pragma omp parallel for
-        for (int j = 0; j < N; j += columns)
-            matmul_few(c + j, c_row, a, mat_from(b, 0, j), M, min_int(columns, N - j), K,
-                       start ? start + j : NULL, start_row);
-        return;
-    }
-    // Groups of rows, few enough that the next panel finds them in the second-level cache (unless K is
-    // large), and more groups where panels are too few for all threads.
-    int groups = max_int((M - 1) / (8 * MC) + 1, (2 * threads - 1) / panels + 1), width = NR;
-    if (packed ? (long)M * N <= NC * NC / 2 : M <= 4 * MC * threads) {
-        if (packed) {
-            int across = (N - 1) / (NC / 2) + 1;
-            for (int n = across + 1; n <= threads; n++)  // a block for each thread, of the least rows + columns
-                if (threads % n == 0 && M * n / threads + N / n < M * across / threads + N / across) across = n;
-            groups = max_int(threads / across, 1), width = ((N - 1) / across / NR + 1) * NR;
-        }
-        int height = ((M - 1) / groups / MR + 1) * MR;
-        #pragma omp parallel for collapse(2) schedule(dynamic)
-        for (int i = 0; i < M; i += height)
-            for (int j = 0; j < N; j += width)
-                multiply_alone(c + i * c_row + j, c_row, mat_from(a, i, 0), mat_from(b, 0, j), min_int(height, M - i),
-                               min_int(width, N - j), K, start ? start + i * start_row + j : NULL, start_row);
-        return;
-    }
-    int share_b = !packed || M >= N || M > NC - MR, across = share_b ? NC : N;
-    if (share_b) groups = threads * ((M - 1) / (threads * MC) + 1), width = NC;  // as many for each thread
-    int height = ((M - 1) / groups / MR + 1) * MR;
+// Groups of rows where threads have panels of b of their own: few enough that the next panel finds a group in the
+// second-level cache (unless K is large), and more where panels are too few for all threads.
+static int groups_of_rows(int M, int N) {
+    int panels = (N - 1) / NR + 1;
+    return max_int((M - 1) / (8 * MC) + 1, (2 * omp_get_max_threads() - 1) / panels + 1);
+}
+
+// c (M, N) = start + a b, with b in `shared`, up to NC columns of it at a time, or a, which is packed and has NC rows
+// at most. A thread always has the same rows of c: they are still in its cache when the next KC terms are added to
+// them, and mostly when the next operation reads them.
+static void multiply_shared(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
+    int threads = omp_get_max_threads(), packed = a.col != 1, share_b = !packed || M >= N || M > NC - MR;
+    int groups = share_b ? threads * ((M - 1) / (threads * MC) + 1) : groups_of_rows(M, N);  // as many for each thread
+    int height = ((M - 1) / groups / MR + 1) * MR, width = share_b ? NC : NR, across = share_b ? NC : N;
     #pragma omp parallel
     for (int j0 = 0; j0 < N; j0 += across)
         for (int k = 0; k < K; k += KC) {
@@ -731,7 +713,7 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
                 for (int i = 0; i < M; i += MR)
                     pack(shared + (long)i * kc, mat_from(a, i, k).p, a.row, a.col, min_int(MR, M - i), kc, MR);
             }
-            #pragma omp for collapse(2) schedule(dynamic)
+            #pragma omp for collapse(2) schedule(static)
             for (int i = 0; i < M; i += height)
                 for (int j = j0; j < j_end; j += width) {
                     int m = min_int(height, M - i), n = min_int(width, j_end - j);
@@ -746,6 +728,33 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
         }
 }
 
+// c (M, N) = start + a (M, K) b (K, N); c's rows are c_row apart. For start see tile.
+static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
+    int threads = omp_get_max_threads(), packed = a.col != 1;
+    if (M <= FEW && !packed && b.row == 1) {
+        int columns = M == 1 ? 64 : ((N - 1) / threads / MR + 1) * MR;  // few_dots: eight streams of 8 columns
+        #pragma omp parallel for
+        for (int j = 0; j < N; j += columns)
+            matmul_few(c + j, c_row, a, mat_from(b, 0, j), M, min_int(columns, N - j), K,
+                       start ? start + j : NULL, start_row);
+    } else if (packed ? (long)M * N <= NC * NC / 2 : M <= 4 * MC * threads) {
+        int groups = groups_of_rows(M, N), width = NR;
+        if (packed) {
+            int across = (N - 1) / (NC / 2) + 1;
+            for (int n = across + 1; n <= threads; n++)  // a block for each thread, of the least rows + columns
+                if (threads % n == 0 && M * n / threads + N / n < M * across / threads + N / across) across = n;
+            groups = max_int(threads / across, 1), width = ((N - 1) / across / NR + 1) * NR;
+        }
+        int height = ((M - 1) / groups / MR + 1) * MR;
+        #pragma omp parallel for collapse(2) schedule(dynamic)
+        for (int i = 0; i < M; i += height)
+            for (int j = 0; j < N; j += width)
+                multiply_alone(c + i * c_row + j, c_row, mat_from(a, i, 0), mat_from(b, 0, j), min_int(height, M - i),
+                               min_int(width, N - j), K, start ? start + i * start_row + j : NULL, start_row);
+    } else
+        multiply_shared(c, c_row, a, b, M, N, K, start, start_row);
+}
+
 // ============================================================================================
 // 4  LAYERS
 // ============================================================================================
@@ -754,9 +763,13 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
 // whose sums are then added in order: the result does not depend on the number of threads.
 
 enum { PIECES = 32 };
-// A loop over fewer numbers runs on one thread, since waking others takes longer; a longer one is
-// dealt out in pieces of this length.
+// A loop over fewer numbers runs on one thread, since waking others takes longer.
 enum { SMALL = 8192 };
+
+// How many of a loop's n numbers a thread takes in one piece: one piece for each thread, mostly of rows that
+// it has itself just computed and still has in its cache. A multiple of 1024, so that where a vector loop ends,
+// and with it the last bit of a result, does not depend on the number of threads.
+static long piece(long n) { return ((n - 1) / omp_get_max_threads() / 1024 + 1) * 1024; }
 
 // out[i] += sum over pieces of partial[piece][i], i < n
 static void add_pieces(real *out, const real *partial, long piece_row, int n) {
@@ -914,16 +927,15 @@ static real exp_row(real *x, int n, real scale, real max) {
 
 #define GELU_2U(x) ((real)1.5957691216057308 * ((x) + (real)0.044715 * (x) * (x) * (x)))
 
-// In fixed pieces, so that where a vector loop ends does not depend on the number of threads.
 static void gelu_forward(real *y, const real *x, long n) {
-    #pragma omp parallel for simd schedule(static, SMALL) if (parallel : n > SMALL)
+    #pragma omp parallel for simd schedule(static, piece(n)) if (parallel : n > SMALL)
     for (long i = 0; i < n; i++) y[i] = x[i] / (1 + fast_exp(-GELU_2U(x[i])));
 }
 
 // dx = dy (s + x s (1 - s) (2u)') (7), over dy in place. Overwrites x with y = gelu(x), which the forward
 // did not keep and the gradient of c_proj's weight needs: one product more, since s is at hand.
 static void gelu_backward(real *dy, real *x, long n) {
-    #pragma omp parallel for simd schedule(static, SMALL) if (parallel : n > SMALL)
+    #pragma omp parallel for simd schedule(static, piece(n)) if (parallel : n > SMALL)
     for (long i = 0; i < n; i++) {
         real s = 1 / (1 + fast_exp(-GELU_2U(x[i])));
         real slope = (real)1.5957691216057308 * (1 + (real)0.134145 * x[i] * x[i]);
@@ -943,10 +955,10 @@ static inline real dropout_scale(const Model *m, uint64_t where, long i) {
 // y = x + dropout(branch), n numbers: the residual connection (1)
 static void residual_forward(const Model *m, real *y, const real *x, const real *branch, long n, int where) {
     if (!m->dropping) {
-        #pragma omp parallel for simd schedule(static, SMALL) if (parallel : n > SMALL)
+        #pragma omp parallel for simd schedule(static, piece(n)) if (parallel : n > SMALL)
         for (long i = 0; i < n; i++) y[i] = x[i] + branch[i];
     } else {
-        #pragma omp parallel for schedule(static, SMALL)
+        #pragma omp parallel for schedule(static, piece(n))
         for (long i = 0; i < n; i++) y[i] = x[i] + branch[i] * dropout_scale(m, where, i);
     }
 }
@@ -955,7 +967,7 @@ static void residual_forward(const Model *m, real *y, const real *x, const real 
 // branch's, and no copy is made.
 static const real *residual_backward(const Model *m, real *d_branch, const real *dy, long n, int where) {
     if (!m->dropping) return dy;
-    #pragma omp parallel for schedule(static, SMALL)
+    #pragma omp parallel for schedule(static, piece(n))
     for (long i = 0; i < n; i++) d_branch[i] = dy[i] * dropout_scale(m, where, i);
     return d_branch;
 }
@@ -1701,7 +1713,7 @@ static void adamw_update(Model *m, const AdamW *o, double learning_rate, long st
         real *w = m->params + t->offset, *dw = m->grads + t->offset;
         real *am = m->adam_m + t->offset, *av = m->adam_v + t->offset;
         real keep = t->cols ? 1 - learning_rate * o->weight_decay : 1;
-        #pragma omp parallel for simd schedule(static, SMALL) if (parallel : t->size > SMALL)
+        #pragma omp parallel for simd schedule(static, piece(t->size)) if (parallel : t->size > SMALL)
         for (size_t k = 0; k < t->size; k++) {
             real g = dw[k] * scale;
             am[k] = b1 * am[k] + one_b1 * g;
