@@ -36,7 +36,7 @@ TO ADD YOUR OWN ATTENTION
   - what it is made of, marked [ATTENTION 1]: its name, what its configuration allows, its tensors
     in the table, what its forward keeps. Checkpoints and optimizer then know of them;
   - what it does, marked [ATTENTION 2] in chapter 6: a front end, forward and backward;
-  - how it decodes, marked [ATTENTION 3] in chapters 2 and 6: what a cache keeps of a token;
+  - how it decodes, marked [ATTENTION 3] in chapters 2, 6 and 11: what a cache keeps of a token;
   - run `make test`, with your kind added to `kinds` in test_mla.c: finite differences in double
     precision say whether the backward is right, full passes whether decoding is.
 */
@@ -60,12 +60,11 @@ _Static_assert(sizeof(long) == 8 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "
 #include <omp.h>
 #else  // without OpenMP the same code runs on one thread
 static int omp_get_max_threads(void) { return 1; }
+static int omp_get_num_threads(void) { return 1; }
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
-// ============================================================================================
-// 1  GROUND
-// ============================================================================================
+// ==== 1  GROUND =============================================================================
 
 // The scalar type. Training uses float; -DREAL_DOUBLE builds the same program in double, in
 // which finite differences check gradients to six digits and more (test_mla.c).
@@ -156,9 +155,7 @@ static uint64_t random_stream(uint64_t seed, int purpose, uint64_t which) {
     return random_bits(random_bits(seed, purpose), which);
 }
 
-// ============================================================================================
-// 2  THE MODEL
-// ============================================================================================
+// ==== 2  THE MODEL ==========================================================================
 
 // [ATTENTION 1] The kinds of attention, by their names on the command line and in checkpoints.
 enum { MHA, GQA, MQA, MLA };
@@ -432,9 +429,7 @@ static void model_init(Model *m, uint64_t seed) {
     }
 }
 
-// ============================================================================================
-// 3  MATRIX PRODUCT
-// ============================================================================================
+// ==== 3  MATRIX PRODUCT =====================================================================
 //
 // Nearly all time goes into products c = a b. Written as three loops they run at a few percent
 // of what the processor can do, for two reasons, each with its own cure.
@@ -475,7 +470,7 @@ typedef real vec __attribute__((vector_size(VEC_BYTES), aligned(sizeof(real)), m
 enum {
     VW = VEC_BYTES / sizeof(real),  // numbers in a vector
     NR = 2 * VW,
-    MC = 8 * MR, KC = 256, NC = 1024
+    MC = 8 * MR, KC = 256, NC = 1024  // rows of a block of a, depth of all panels, columns of a shared block of b
 };
 
 // A matrix by its strides: element (i, j) is p[i*row + j*col]. Swapping the two transposes.
@@ -485,8 +480,7 @@ typedef struct {
 } Mat;
 
 static Mat rows_of(const real *p, long row) { return (Mat){p, row, 1}; }
-static Mat transpose(Mat a) { return (Mat){a.p, a.col, a.row}; }
-static Mat transposed(const real *p, long row) { return transpose(rows_of(p, row)); }
+static Mat transposed(const real *p, long row) { return (Mat){p, 1, row}; }
 // The part of a from element (i, j) on.
 static Mat mat_from(Mat a, long i, long j) { return (Mat){a.p + i * a.row + j * a.col, a.row, a.col}; }
 
@@ -658,17 +652,17 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K, c
 //
 // c is cut into blocks. What a block needs in panels, its thread packs alone, or all threads pack together
 // what all will read (`shared`), which saves copying, but they must wait for each other.
-// b is always packed (but for few rows), a if its columns are contiguous, as in a weight's gradient:
+// b is packed, unless a has few rows and b's columns are contiguous. a is packed if its columns are contiguous, as in
+// a weight's gradient:
 //     c is small     (NC*NC/2 numbers at most) each packs both, for a block of c about square: it has
-//                    the fewest rows and columns
-//     else           the smaller of the two is shared (a only if there is room for all its rows)
+//                    the fewest rows + columns to pack
+//     else           b is shared; each packs a for its rows
 // If a is read where it lies:
-//     many rows      b is shared; a block has up to MC rows
+//     many rows      (more than 4 MC for each thread) b is shared; a block has up to MC rows
 //     else           each packs NR columns of b, for up to 8 MC rows: most of a shared b would
 //                    come out of another processor's cache, to be used a few times only
 
-// c (M, N) = start + a b by one thread, which packs b, NC/2 columns at most, and a too if its rows are not
-// contiguous.
+// c (M, N) = start + a b by one thread, which packs b, NC/2 columns at most, and a too if its rows are not contiguous.
 static void multiply_alone(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
     int packed = a.col != 1, height = packed ? MC : M;
     for (int k = 0; k < K; k += KC) {
@@ -685,46 +679,43 @@ static void multiply_alone(real *c, long c_row, Mat a, Mat b, int M, int N, int 
     }
 }
 
-// Groups of rows where threads have panels of b of their own: few enough that the next panel finds a group in the
-// second-level cache (unless K is large), and more where panels are too few for all threads.
-static int groups_of_rows(int M, int N) {
-    int panels = (N - 1) / NR + 1;
-    return max_int((M - 1) / (8 * MC) + 1, (2 * omp_get_max_threads() - 1) / panels + 1);
+// Which of n units of work a thread does next: one of its own, which are the same each time, or else one that another
+// has not begun (a core may be late: on 16, waiting for it costs 10% of a step). n: none is left. taken[t] counts what
+// has been taken of thread t's.
+static int next_unit(int *taken, int n) {
+    int threads = omp_get_num_threads();
+    for (int t = 0; t < threads; t++) {
+        int owner = (omp_get_thread_num() + t) % threads, i;
+        #pragma omp atomic capture
+        i = taken[owner]++;
+        i += (long)n * owner / threads;
+        if (i < (long)n * (owner + 1) / threads) return i;
+    }
+    return n;
 }
 
-// c (M, N) = start + a b, with b in `shared`, up to NC columns of it at a time, or a, which is packed and has NC rows
-// at most. A thread always has the same rows of c: they are still in its cache when the next KC terms are added to
-// them, and mostly when the next operation reads them.
+// c (M, N) = start + a b, with b in `shared`, up to NC columns of it at a time. A thread's rows of c are mostly the
+// same: still in its cache when the next KC terms are added to them, and when the next operation reads them.
 static void multiply_shared(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
-    int threads = omp_get_max_threads(), packed = a.col != 1, share_b = !packed || M >= N || M > NC - MR;
-    int groups = share_b ? threads * ((M - 1) / (threads * MC) + 1) : groups_of_rows(M, N);  // as many for each thread
-    int height = ((M - 1) / groups / MR + 1) * MR, width = share_b ? NC : NR, across = share_b ? NC : N;
+    int threads = omp_get_max_threads(), packed = a.col != 1, taken[threads];
+    int height = ((M - 1) / (threads * ((M - 1) / (threads * MC) + 1)) / MR + 1) * MR, units = (M - 1) / height + 1;
     #pragma omp parallel
-    for (int j0 = 0; j0 < N; j0 += across)
+    for (int j0 = 0; j0 < N; j0 += NC)
         for (int k = 0; k < K; k += KC) {
-            int j_end = min_int(j0 + across, N), kc = min_int(KC, K - k);
-            if (share_b) {
-                #pragma omp for
-                for (int j = j0; j < j_end; j += NR)
-                    pack(shared + (long)(j - j0) * kc, mat_from(b, k, j).p, b.col, b.row, min_int(NR, j_end - j),
-                         kc, NR);
-            } else {
-                #pragma omp for
-                for (int i = 0; i < M; i += MR)
-                    pack(shared + (long)i * kc, mat_from(a, i, k).p, a.row, a.col, min_int(MR, M - i), kc, MR);
+            int n = min_int(NC, N - j0), kc = min_int(KC, K - k);
+            taken[omp_get_thread_num()] = 0;
+            #pragma omp for
+            for (int j = 0; j < n; j += NR)
+                pack(shared + (long)j * kc, mat_from(b, k, j0 + j).p, b.col, b.row, min_int(NR, n - j), kc, NR);
+            for (int u; (u = next_unit(taken, units)) < units;) {
+                int i = u * height, m = min_int(height, M - i);
+                Mat rows = mat_from(a, i, k);
+                real *pc = c + i * c_row + j0;
+                if (packed) pack(own_a, rows.p, a.row, a.col, m, kc, MR), rows = (Mat){own_a, 1, MR};
+                multiply_blocks(pc, c_row, rows, MR * (packed ? kc : a.row), shared, NR, (long)kc * NR, m, n, kc,
+                                k ? pc : start ? start + i * start_row + j0 : NULL, k ? c_row : start_row);
             }
-            #pragma omp for collapse(2) schedule(static)
-            for (int i = 0; i < M; i += height)
-                for (int j = j0; j < j_end; j += width) {
-                    int m = min_int(height, M - i), n = min_int(width, j_end - j);
-                    Mat rows = packed ? (Mat){share_b ? own_a : shared + (long)i * kc, 1, MR} : mat_from(a, i, k);
-                    real *pc = c + i * c_row + j;
-                    if (!share_b) pack(own_b, mat_from(b, k, j).p, b.col, b.row, n, kc, NR);
-                    else if (packed) pack(own_a, mat_from(a, i, k).p, a.row, a.col, m, kc, MR);
-                    const real *s = k ? pc : start ? start + i * start_row + j : NULL;
-                    multiply_blocks(pc, c_row, rows, MR * (packed ? kc : a.row), share_b ? shared : own_b, NR,
-                                    (long)kc * NR, m, n, kc, s, k ? c_row : start_row);
-                }
+            #pragma omp barrier
         }
 }
 
@@ -738,7 +729,10 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
             matmul_few(c + j, c_row, a, mat_from(b, 0, j), M, min_int(columns, N - j), K,
                        start ? start + j : NULL, start_row);
     } else if (packed ? (long)M * N <= NC * NC / 2 : M <= 4 * MC * threads) {
-        int groups = groups_of_rows(M, N), width = NR;
+        // Groups of at most 8 MC rows, which the next panel still finds in the second-level cache (unless K is large);
+        // more groups where panels are too few for all threads.
+        int panels = (N - 1) / NR + 1, width = NR;
+        int groups = max_int((M - 1) / (8 * MC) + 1, (2 * threads - 1) / panels + 1);
         if (packed) {
             int across = (N - 1) / (NC / 2) + 1;
             for (int n = across + 1; n <= threads; n++)  // a block for each thread, of the least rows + columns
@@ -755,9 +749,7 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const
         multiply_shared(c, c_row, a, b, M, N, K, start, start_row);
 }
 
-// ============================================================================================
-// 4  LAYERS
-// ============================================================================================
+// ==== 4  LAYERS =============================================================================
 // Backwards ADD to the gradients of parameters, so that micro-batches accumulate. Where a sum over
 // tokens is no matrix product (biases, norm weights), the tokens are cut into PIECES fixed pieces
 // whose sums are then added in order: the result does not depend on the number of threads.
@@ -766,10 +758,10 @@ enum { PIECES = 32 };
 // A loop over fewer numbers runs on one thread, since waking others takes longer.
 enum { SMALL = 8192 };
 
-// How many of a loop's n numbers a thread takes in one piece: one piece for each thread, mostly of rows that
-// it has itself just computed and still has in its cache. A multiple of 1024, so that where a vector loop ends,
-// and with it the last bit of a result, does not depend on the number of threads.
-static long piece(long n) { return ((n - 1) / omp_get_max_threads() / 1024 + 1) * 1024; }
+// How many of a loop's n numbers each thread takes: one range, which after a shared product (chapter 3) is about
+// the rows that it computed and still has in its cache. A multiple of 1024, so that where a vector loop ends, and
+// with it the last bit of a result, does not depend on the number of threads.
+static inline long range_of_thread(long n) { return ((n - 1) / omp_get_max_threads() / 1024 + 1) * 1024; }
 
 // out[i] += sum over pieces of partial[piece][i], i < n
 static void add_pieces(real *out, const real *partial, long piece_row, int n) {
@@ -928,14 +920,14 @@ static real exp_row(real *x, int n, real scale, real max) {
 #define GELU_2U(x) ((real)1.5957691216057308 * ((x) + (real)0.044715 * (x) * (x) * (x)))
 
 static void gelu_forward(real *y, const real *x, long n) {
-    #pragma omp parallel for simd schedule(static, piece(n)) if (parallel : n > SMALL)
+    #pragma omp parallel for simd schedule(static, range_of_thread(n)) if (parallel : n > SMALL)
     for (long i = 0; i < n; i++) y[i] = x[i] / (1 + fast_exp(-GELU_2U(x[i])));
 }
 
 // dx = dy (s + x s (1 - s) (2u)') (7), over dy in place. Overwrites x with y = gelu(x), which the forward
 // did not keep and the gradient of c_proj's weight needs: one product more, since s is at hand.
 static void gelu_backward(real *dy, real *x, long n) {
-    #pragma omp parallel for simd schedule(static, piece(n)) if (parallel : n > SMALL)
+    #pragma omp parallel for simd schedule(static, range_of_thread(n)) if (parallel : n > SMALL)
     for (long i = 0; i < n; i++) {
         real s = 1 / (1 + fast_exp(-GELU_2U(x[i])));
         real slope = (real)1.5957691216057308 * (1 + (real)0.134145 * x[i] * x[i]);
@@ -955,10 +947,10 @@ static inline real dropout_scale(const Model *m, uint64_t where, long i) {
 // y = x + dropout(branch), n numbers: the residual connection (1)
 static void residual_forward(const Model *m, real *y, const real *x, const real *branch, long n, int where) {
     if (!m->dropping) {
-        #pragma omp parallel for simd schedule(static, piece(n)) if (parallel : n > SMALL)
+        #pragma omp parallel for simd schedule(static, range_of_thread(n)) if (parallel : n > SMALL)
         for (long i = 0; i < n; i++) y[i] = x[i] + branch[i];
     } else {
-        #pragma omp parallel for schedule(static, piece(n))
+        #pragma omp parallel for schedule(static, range_of_thread(n))
         for (long i = 0; i < n; i++) y[i] = x[i] + branch[i] * dropout_scale(m, where, i);
     }
 }
@@ -967,7 +959,7 @@ static void residual_forward(const Model *m, real *y, const real *x, const real 
 // branch's, and no copy is made.
 static const real *residual_backward(const Model *m, real *d_branch, const real *dy, long n, int where) {
     if (!m->dropping) return dy;
-    #pragma omp parallel for schedule(static, piece(n))
+    #pragma omp parallel for schedule(static, range_of_thread(n))
     for (long i = 0; i < n; i++) d_branch[i] = dy[i] * dropout_scale(m, where, i);
     return d_branch;
 }
@@ -1003,9 +995,7 @@ static void rotate(const Model *m, View x, int heads, int N, int T, int first, i
     }
 }
 
-// ============================================================================================
-// 5  ATTENTION CORE
-// ============================================================================================
+// ==== 5  ATTENTION CORE =====================================================================
 //
 // One core serves every kind. A query head is [q_nope; q_rope], of which the second may be
 // empty; query head h reads key/value head h / (NH/NKV); the rotary part of the keys is one
@@ -1227,9 +1217,7 @@ static void attention_decode(const Model *m, const Heads *a, View out, int B, in
         }
 }
 
-// ============================================================================================
-// 6  FRONT ENDS
-// ============================================================================================
+// ==== 6  FRONT ENDS =========================================================================
 //
 // A front end makes q, k and v from the normed residual stream, m->norm (N, C), says where they
 // lie (heads_of), and carries their gradients back to d_norm and its weights.
@@ -1468,9 +1456,7 @@ static void attention_block_backward(Model *m, int l, Acts *acts, const real *d_
     else qkv_backward(m, l, N);
 }
 
-// ============================================================================================
-// 7  THE NETWORK
-// ============================================================================================
+// ==== 7  THE NETWORK ========================================================================
 
 // [ATTENTION 1]
 static void place_acts(Model *m, Arena *arena, int T, int training) {
@@ -1513,12 +1499,12 @@ static void place_acts(Model *m, Arena *arena, int T, int training) {
     m->d_latent = take(arena, N * c->R);
     m->d_q_latent = take(arena, N * c->RQ);
     m->d_k_rope = take(arena, N * c->NKV * rope);
-    m->partial = take(arena, (size_t)PIECES * 4 * C);  // the widest bias, c_fc's
+    m->partial = take(arena, (size_t)PIECES * 4 * C);  // the widest bias, c_fc's [ATTENTION 1]
 }
 
 // Memory for the activations of up to B sequences of T tokens.
 static void model_reserve(Model *m, int B, int T, int training) {
-    // A limit under which tokens, and tokens times any width, fit an int.
+    // A limit under which tokens, and tokens times any width, fit an int. [ATTENTION 1]
     long widest = max_int(4 * m->c.C, max_int(m->c.QKV, m->c.R ? m->c.NH * (m->c.NOPE + m->c.HS) : 0));
     if ((long)B * T > INT_MAX / widest)
         fail(1, "a batch of %d x %d tokens: expected at most %ld tokens for this model", B, T, INT_MAX / widest);
@@ -1674,9 +1660,7 @@ static double forward_loss(Model *m, const int *tokens, const int *targets, int 
     return head_loss(m, targets, B * T, 0);
 }
 
-// ============================================================================================
-// 8  OPTIMIZER
-// ============================================================================================
+// ==== 8  OPTIMIZER ==========================================================================
 
 // The Euclidean norm of all gradients together (28).
 static double gradient_norm(const Model *m) {
@@ -1713,7 +1697,7 @@ static void adamw_update(Model *m, const AdamW *o, double learning_rate, long st
         real *w = m->params + t->offset, *dw = m->grads + t->offset;
         real *am = m->adam_m + t->offset, *av = m->adam_v + t->offset;
         real keep = t->cols ? 1 - learning_rate * o->weight_decay : 1;
-        #pragma omp parallel for simd schedule(static, piece(t->size)) if (parallel : t->size > SMALL)
+        #pragma omp parallel for simd schedule(static, range_of_thread(t->size)) if (parallel : t->size > SMALL)
         for (size_t k = 0; k < t->size; k++) {
             real g = dw[k] * scale;
             am[k] = b1 * am[k] + one_b1 * g;
@@ -1742,9 +1726,7 @@ static double learning_rate_at(const Schedule *s, long step) {
     return s->floor + 0.5 * (1 + cos(PI * done)) * (s->peak - s->floor);
 }
 
-// ============================================================================================
-// 9  DATA
-// ============================================================================================
+// ==== 9  DATA ===============================================================================
 // Files are little-endian, as are the machines this runs on.
 
 static FILE *open_regular(const char *path, size_t *size) {
@@ -1967,9 +1949,7 @@ static void next_batch(const Data *d, int order, uint64_t seed, long index, int 
     }
 }
 
-// ============================================================================================
-// 10  CHECKPOINTS
-// ============================================================================================
+// ==== 10  CHECKPOINTS =======================================================================
 // safetensors: 8 bytes length of the header, the header in JSON, then the tensors' raw data.
 // {"__metadata__": {"key": "value", ...}, "name": {"dtype": "F32", "shape": [2, 3],
 // "data_offsets": [from, to]}, ...}. A training checkpoint has the moments adam.m.* and adam.v.*
@@ -2339,10 +2319,9 @@ static void checkpoint_read_model(const Checkpoint *k, Model *m, int moments) {
     }
 }
 
-// ============================================================================================
-// 11  DECODING
-// ============================================================================================
+// ==== 11  DECODING ==========================================================================
 
+// [ATTENTION 3]
 static void place_cache(const Model *m, Cache *cache, Arena *arena) {
     const Config *c = &m->c;
     size_t B = cache->B, NH = c->NH, chunks = (cache->capacity + CHUNK - 1) / CHUNK, threads = omp_get_max_threads();
@@ -2459,9 +2438,7 @@ static Generation generate(Model *m, Cache *cache, const int *prompt, int n_prom
     return g;
 }
 
-// ============================================================================================
-// 12  TRAINING
-// ============================================================================================
+// ==== 12  TRAINING ==========================================================================
 
 // What the command line sets; config holds -1 where it says nothing.
 typedef struct {
@@ -2672,9 +2649,7 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
     free(x);
 }
 
-// ============================================================================================
-// 13  COMMAND LINE
-// ============================================================================================
+// ==== 13  COMMAND LINE ======================================================================
 
 static Options opt = {
     .config = {.attention = -1, .position = -1, .latent_norm = -1, .L = -1, .NH = -1, .NKV = -1, .C = -1,
