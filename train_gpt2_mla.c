@@ -2000,7 +2000,7 @@ static void check_replaceable(const char *path, const char *kind, const char *li
     FILE *f = fopen(path, "rb");
     if (!f) fail(1, "%s: exists and cannot be read: %s; will not replace it", path, strerror(errno));
     size_t n = !fseek(f, at, SEEK_SET) ? fread(found, 1, strlen(like), f) : 0;
-    if (st.st_size && (memcmp(found, like, n) || (n < strlen(like) && !partial)))
+    if (st.st_size && (memcmp(found, like, n) || n < (partial ? 1 : strlen(like))))
         fail(1, "%s: exists and is no %s of this program; will not replace it", path, kind);
     fclose(f);
 }
@@ -2688,7 +2688,7 @@ static Option options[] = {
     {"--vocab-size", INT, &opt.config.V, 2, 65536, .help = "tokens known (the tokenizer's, or 256, or 50257 for tokens above 255)"},
     {"data", .help = NULL},
     {"--train-data", TEXT, &opt.train_data, .help = "token file, or text, read as bytes (data/tinyshakespeare_train.bin)"},
-    {"--val-data", TEXT, &opt.val_data, .help = "the same for validation (data/tinyshakespeare_val.bin)"},
+    {"--val-data", TEXT, &opt.val_data, .help = "the same for validation (beside the default text: data/tinyshakespeare_val.bin; else none)"},
     {"--tokenizer", TEXT, &opt.tokenizer, .help = "its file (X_tokenizer.bin beside X_train.bin or X_val.bin; else bytes)"},
     {"--order", CHOICE, &opt.order, .choices = order_names, .help = "batches at random or sequential places (random)"},
     {"training", .help = NULL},

@@ -470,6 +470,7 @@ MUTATIONS = [
     # --- What a person can do wrong
     ("check_replaceable", "!S_ISREG(st.st_mode)", "0", "replaces a device or a folder"),
     ("check_replaceable", "memcmp(found, like, n)", "0", "replaces a file of another kind"),
+    ("check_replaceable", "partial ? 1", "partial ? 0", "replaces a file too short to tell"),
     ("log_open", "atol(row) <= done", "1", "rows of steps that are not done stay"),
     ("log_open", "kept = ftell(f)", "ftell(f)", "a resumed run's log starts anew"),
     ("train", "!isfinite(loss) || !isfinite(norm)", "0", "a loss that is NaN goes unnoticed"),

@@ -282,6 +282,8 @@ row 1 './x: exists and is no checkpoint of this program; will not replace it' $t
 row 1 'y.tmp: exists and is no checkpoint of this program; will not replace it' $trained --log y.tmp --save y
 cp text new.tmp
 row 1 'new.tmp: exists and is no checkpoint of this program; will not replace it' $trained --save new
+echo note > new.tmp  # too short to tell
+row 1 'new.tmp: exists and is no checkpoint of this program; will not replace it' $trained --save new
 row 1 'model: exists and is no log of this program; will not replace it' $trained --log model
 
 # Training that runs away. The checkpoint of the last good step stays, and opens.
