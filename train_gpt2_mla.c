@@ -698,7 +698,8 @@ static int next_unit(int *taken, int n) {
 // same: still in its cache when the next KC terms are added to them, and when the next operation reads them.
 static void multiply_shared(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
     int threads = omp_get_max_threads(), packed = a.col != 1, taken[threads];
-    int height = ((M - 1) / (threads * ((M - 1) / (threads * MC) + 1)) / MR + 1) * MR, units = (M - 1) / height + 1;
+    int groups = threads * ((M - 1) / (threads * MC) + 1);  // of rows, as many for each thread
+    int height = ((M - 1) / groups / MR + 1) * MR, units = (M - 1) / height + 1;  // a unit: a group, in whole tiles
     #pragma omp parallel
     for (int j0 = 0; j0 < N; j0 += NC)
         for (int k = 0; k < K; k += KC) {
@@ -2641,6 +2642,7 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
     if (stop_signal && step < o->steps) {
         printf("stopped by signal %d after step %ld%s\n", (int)stop_signal, step,
                !o->save ? ", nothing saved without --save FILE" : step == 0 ? ", nothing to save yet"
+               : o->load ? "; the same command with --resume in place of --load goes on from there"
                : "; the same command with --resume goes on from there");
         exit(128 + stop_signal);
     }
