@@ -52,8 +52,8 @@ echo 'called_from_lib:libomp.so' >suppressions
 export OMP_NUM_THREADS=4 OMP_TOOL_LIBRARIES=$archer TSAN_OPTIONS='suppressions=suppressions exitcode=9'
 name=ThreadSanitizer under=
 all_kinds
-# Products that all threads share: of many rows, and a large gradient (the head's).
-check --layers 1 --channels 64 --heads 4 --vocab-size 9000 --batch-size 16 --seq-len 64 --steps 2 --sample-every 0 --train-data text
+# Products that all threads share: of many rows, some with more terms than KC, and a large gradient (the head's).
+check --layers 1 --channels 72 --heads 4 --vocab-size 9000 --batch-size 16 --seq-len 64 --steps 2 --sample-every 0 --train-data text
 
 # A race put in on purpose, threads that decompress into the same place, must be reported.
 sed 's/(long)omp_get_thread_num() \* rows \* CHUNK/0/' "$program" >racy.c
