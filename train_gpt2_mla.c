@@ -698,7 +698,7 @@ static int next_unit(int *taken, int n) {
 // same: still in its cache when the next KC terms are added to them, and when the next operation reads them.
 static void multiply_shared(real *c, long c_row, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
     int threads = omp_get_max_threads(), packed = a.col != 1, taken[threads];
-    int groups = threads * ((M - 1) / (threads * MC) + 1);  // of rows, as many for each thread
+    int groups = threads * ((M - 1) / (threads * MC) + 1);  // of rows, about as many for each thread
     int height = ((M - 1) / groups / MR + 1) * MR, units = (M - 1) / height + 1;  // a unit: a group, in whole tiles
     #pragma omp parallel
     for (int j0 = 0; j0 < N; j0 += NC)
