@@ -1,6 +1,6 @@
 # make             the trainer, ./train_gpt2_mla
 # make test        gradients, checkpoints and all else, with a C compiler alone
-# make decode-speed tokens per second of every kind of attention and cache, to dev/decode_speed.md (5 minutes)
+# make decode-speed tokens per second of every kind of attention and cache, to dev/speed/decode_speed.md (5 minutes)
 # make profile     where the time of a training step goes; ./step_profile takes the trainer's options
 # make shakespeare tinyshakespeare for the default run (needs Python and a network)
 # make sanitize    the tests again under address and undefined-behaviour sanitizers
@@ -54,24 +54,24 @@ shakespeare:
 	python3 prepro_tinyshakespeare.py
 
 FUZZ_RUNS ?= 1000000
-fuzz: dev/fuzz/fuzz.c train_gpt2_mla.c
+fuzz: dev/test/fuzz/fuzz.c train_gpt2_mla.c
 	clang -g -O1 -std=c11 -march=native -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas \
 	    -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $< -o fuzz_mla $(LDLIBS)
 	found=$$(mktemp -d); for target in checkpoint tokens tokenizer prompt options; do \
 	    echo "== $$target"; mkdir $$found/$$target; \
 	    TARGET=$$target INPUT=$$found/input ./fuzz_mla -runs=$(FUZZ_RUNS) -timeout=1 -close_fd_mask=3 -verbosity=0 -print_final_stats=1 \
-	        -artifact_prefix=dev/fuzz/$$target/ $$found/$$target dev/fuzz/$$target || exit 1; done; rm -r $$found
+	        -artifact_prefix=dev/test/fuzz/$$target/ $$found/$$target dev/test/fuzz/$$target || exit 1; done; rm -r $$found
 
 clean:
-	rm -f train_gpt2_mla test_mla test_mla_double decode_speed peak step_profile fuzz_mla .flags
+	rm -f train_gpt2_mla test_mla test_mla_double decode_speed multiply_add_peak step_profile fuzz_mla .flags
 
-decode_speed peak step_profile: %: dev/%.c dev/limits.h train_gpt2_mla.c .flags
+decode_speed multiply_add_peak step_profile: %: dev/speed/%.c dev/speed/machine_limits.h train_gpt2_mla.c .flags
 	$(BUILD) -Wno-unused-function $< -o $@ $(OMP) $(LDLIBS)
 
 profile: step_profile
 	./step_profile
 
 decode-speed: decode_speed
-	./decode_speed > dev/decode_speed.tmp && mv dev/decode_speed.tmp dev/decode_speed.md
+	./decode_speed > dev/speed/decode_speed.tmp && mv dev/speed/decode_speed.tmp dev/speed/decode_speed.md
 
 .PHONY: decode-speed profile all test sanitize fuzz shakespeare clean

@@ -4,12 +4,12 @@ Tests of train_gpt2_mla.c, which is included below: `make test`. They need a C c
 The same tests are built twice. test_mla computes in float, as training does; test_mla_double
 (-DREAL_DOUBLE) in double, where rounding is out of the way: there finite differences check
 every gradient, so that an attention of your own can be trusted without another framework.
-test_mla runs test_mla_double and dev/test_errors.sh (bad input) too and adds up; its last line is
+test_mla runs test_mla_double and dev/test/bad_input.sh (bad input) too and adds up; its last line is
 `N passed, M failed`.
 
     matrix product, exp       against plain loops and libm
-    reference dumps           dev/reference/: logits, loss, gradients and 10 AdamW steps of every
-                              kind of attention, computed in PyTorch by dev/make_reference.py
+    reference dumps           dev/test/reference/: logits, loss, gradients and 10 AdamW steps of every
+                              kind of attention, computed in PyTorch by dev/pytorch/make_reference.py
     finite differences        of the loss, along directions in every parameter tensor (double)
     gradient accumulation, threads, batches, evaluation, schedule, dropout, sampling, files
 */
@@ -347,14 +347,14 @@ static int by_name(const void *a, const void *b) { return strcmp(*(char *const *
 static void test_references(void) {
     char *files[64];
     int n = 0;
-    DIR *folder = opendir("dev/reference");
+    DIR *folder = opendir("dev/test/reference");
     for (struct dirent *e; folder && (e = readdir(folder));)
         if (strstr(e->d_name, ".safetensors") && n < 64) {
             files[n] = allocate(strlen(e->d_name) + 16, "file name");
-            sprintf(files[n++], "dev/reference/%s", e->d_name);
+            sprintf(files[n++], "dev/test/reference/%s", e->d_name);
         }
     if (folder) closedir(folder);
-    check("dev/reference", "holds a dump of every row of the attention table", n >= 13);
+    check("dev/test/reference", "holds a dump of every row of the attention table", n >= 13);
     qsort(files, n, sizeof *files, by_name);
     for (int i = 0; i < n; i++) {
         test_dump(files[i]);
@@ -483,12 +483,12 @@ static void test_all_decoding(void) {
     test_generation();
 }
 
-// dev/reference/encoding_*: texts and what GPT-2's own encoder makes of them (dev/make_encoding.py).
+// dev/test/reference/encoding_*: texts and what GPT-2's own encoder makes of them (dev/test/make_encoding_cases.py).
 static void test_encoding(void) {
     size_t size, at = 0;
     int wrong = 0, cases = 0;
-    Tokenizer t = tokenizer_load("dev/reference/encoding_tokenizer.bin");
-    unsigned char *all = read_file("dev/reference/encoding_cases.bin", &size);
+    Tokenizer t = tokenizer_load("dev/test/reference/encoding_tokenizer.bin");
+    unsigned char *all = read_file("dev/test/reference/encoding_cases.bin", &size);
     while (at < size) {
         uint32_t n, n_tokens;
         memcpy(&n, all + at, 4), memcpy(&n_tokens, all + at + 4, 4);
@@ -857,9 +857,9 @@ int main(int argc, char **argv) {
         {"configurations", test_config},
     };
     (void)argc;
-    if (access("dev/reference", R_OK)) fail(1, "dev/reference: not found; run the tests in the repository's top folder");
+    if (access("dev/test/reference", R_OK)) fail(1, "dev/test/reference: not found; run the tests in the repository's top folder");
     if (sizeof(real) == sizeof(float)) {
-        run_also("sh dev/test_errors.sh");
+        run_also("sh dev/test/bad_input.sh");
         printf("bad input                     %4d checks\n", passed);
     }
     for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {

@@ -2,7 +2,7 @@
 # Runs every kind of attention and every mode of the program briefly, twice: under valgrind (errors, leaks) and
 # under ThreadSanitizer (data races; clang with its OpenMP runtime and Archer, which tells the sanitizer of
 # OpenMP's barriers). Both need some minutes:
-#     sh dev/memcheck.sh
+#     sh dev/test/memcheck.sh
 # The last line is `N runs, M with errors`.
 program=$PWD/train_gpt2_mla.c
 work=$(mktemp -d) || exit 1

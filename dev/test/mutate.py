@@ -5,10 +5,10 @@ Makes one small mistake at a time in a temporary copy of train_gpt2_mla.c, runs 
 and reports whether the tests notice: caught, with the first check that failed, or MISSED. The
 mistakes are such as one makes: a sign, a dropped term, a wrong index, stride or scale.
 
-    dev/mutate.py                             all of them, about half an hour
-    dev/mutate.py rotate attention_backward   those in functions so named
-    dev/mutate.py --check                     only see whether the table still fits the source
-    dev/mutate.py --jobs 4                    four at a time
+    dev/test/mutate.py                             all of them, about half an hour
+    dev/test/mutate.py rotate attention_backward   those in functions so named
+    dev/test/mutate.py --check                     only see whether the table still fits the source
+    dev/test/mutate.py --jobs 4                    four at a time
 
 Exit status 0: all caught; 1: some missed; 2: the table needs an update, or the tests fail on the
 source as it is. A mistake is (function, text, text instead, what it is); the text must occur
@@ -28,7 +28,7 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCE = "train_gpt2_mla.c"
 TIMEOUT = 400  # seconds; built at -O1 and on one thread the tests take two minutes
 # Quickest, measured: -O1 to build and run together, one thread except where a test asks for more.
@@ -557,7 +557,7 @@ def main():
         except LookupError as error:
             errors.append(str(error))
     if errors:
-        print(f"dev/mutate.py: the table does not fit {SOURCE}; bring it up to date:", *errors, sep="\n  ", file=sys.stderr)
+        print(f"dev/test/mutate.py: the table does not fit {SOURCE}; bring it up to date:", *errors, sep="\n  ", file=sys.stderr)
         return 2
     if options.check:
         print(f"{len(MUTATIONS)} mistakes and {len(HARMLESS)} harmless changes fit {SOURCE}")
@@ -571,7 +571,7 @@ def main():
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", "data", "doc", "train_gpt2_mla", "test_mla", "test_mla_double"))
         failure, took = verdict(tree, source)
         if failure:
-            print(f"dev/mutate.py: the tests do not pass on {SOURCE} as it is: {failure}", file=sys.stderr)
+            print(f"dev/test/mutate.py: the tests do not pass on {SOURCE} as it is: {failure}", file=sys.stderr)
             return 2
         print(f"{'':9} passes {took:5.1f} s  {SOURCE} as it is", flush=True)
         pool = concurrent.futures.ThreadPoolExecutor(options.jobs)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Training speed of this program against PyTorch, on the same cores, in one table.
 
-    python3 dev/bench.py                           the four workloads, both kinds of attention
-    python3 dev/bench.py --only 384 --compile      those with 384 in their name, torch.compile too
-    python3 dev/bench.py --peer llmc='./train_gpt2 {threads}'    anything that prints `12.3 ms` a step
+    python3 dev/speed/training_speed.py                           the four workloads, both kinds of attention
+    python3 dev/speed/training_speed.py --only 384 --compile      those with 384 in their name, torch.compile too
+    python3 dev/speed/training_speed.py --peer llmc='./train_gpt2 {threads}'    anything that prints `12.3 ms` a step
 
 Programs take turns, round after round, so that a noisy machine is noisy to all; a cell is the
 median over rounds. A step's arithmetic (6 per weight of a matrix and token, and 6 L C T for causal
-attention, forward and backward) over its time is set against the multiply-add peak that dev/peak.c
-measured in the same rounds. Memory is the largest that a process ever had. PyTorch is dev/gpt2_mla.py.
+attention, forward and backward) over its time is set against the multiply-add peak that dev/speed/multiply_add_peak.c
+measured in the same rounds. Memory is the largest that a process ever had. PyTorch is dev/pytorch/gpt2_mla.py.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WORKLOADS = {  # name: layers, heads, channels, vocabulary, batch, sequence
     "6 layers C=384 T=256": (6, 6, 384, 256, 16, 256),
     "12 layers C=768 V=50257 T=64": (12, 12, 768, 50257, 4, 64),
@@ -73,7 +73,7 @@ def main():
     p.add_argument("--no-torch", action="store_true", help="this program alone")
     p.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND", help="a program that prints ms per step")
     a = p.parse_args()
-    subprocess.run(["make", "-s", "train_gpt2_mla", "peak"], cwd=ROOT, check=True)
+    subprocess.run(["make", "-s", "train_gpt2_mla", "multiply_add_peak"], cwd=ROOT, check=True)
     print(f"{a.threads} threads, {a.rounds} rounds, medians (spread: largest over smallest)\n")
     print("| work | attention | program | tok/s | spread | of this program | of the FMA peak | memory MB |")
     print("|---|---|---|--:|--:|--:|--:|--:|")
@@ -90,7 +90,7 @@ def main():
                 flops = flops_per_token(model, T)
                 steps = max(4, int(a.seconds * 1e11 * a.threads / 2 / (flops * B * T)))
                 train = f"--load {model} --train-data {data} --batch-size {B} --seq-len {T} --steps {steps} --learning-rate 1e-4"
-                torch = f"{sys.executable} dev/gpt2_mla.py train --threads {a.threads} {train}"
+                torch = f"{sys.executable} dev/pytorch/gpt2_mla.py train --threads {a.threads} {train}"
                 programs = {"this": f"./train_gpt2_mla {train} --sample-every 0 --log {log}"}
                 if not a.no_torch:
                     programs["PyTorch eager"] = torch
@@ -99,7 +99,7 @@ def main():
                 programs.update(peer.split("=", 1) for peer in a.peer)
                 rates, memory, peaks = {q: [] for q in programs}, {}, []
                 for r in range(a.rounds):
-                    peaks.append(float(run("./peak", a.threads)[0]))
+                    peaks.append(float(run("./multiply_add_peak", a.threads)[0]))
                     for q, command in programs.items():
                         print(f"{name} {kind}: round {r + 1}/{a.rounds}, {q} ...", end="\r", file=sys.stderr)
                         output, memory[q] = run(command.replace("{threads}", str(a.threads)), a.threads)

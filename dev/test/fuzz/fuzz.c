@@ -7,7 +7,7 @@ Fuzzing of all that reads what a person gives: `make fuzz` (clang). The environm
     prompt       encoding, with the tokenizer of the tests: the tokens' bytes must be the text again
     options      a command line, one argument a line; then the model's configuration
 
-dev/fuzz/TARGET/ has inputs to start from, and whatever once went wrong. Inputs that the program refuses end
+dev/test/fuzz/TARGET/ has inputs to start from, and whatever once went wrong. Inputs that the program refuses end
 in fail(), which here returns to the fuzzer instead of ending the process; what was allocated and opened
 until then is cleaned up behind it.
 */
@@ -54,7 +54,7 @@ static int fuzz_close(FILE *f) {
 #define fopen fuzz_open
 #define fclose fuzz_close
 #define TESTING
-#include "../../train_gpt2_mla.c"
+#include "../../../train_gpt2_mla.c"
 #undef exit
 
 static const char *path;  // where to put an input that is to be a file: the environment's INPUT
@@ -121,7 +121,7 @@ int LLVMFuzzerTestOneInput(const unsigned char *bytes, size_t n) {
     static const char *target;
     if (!target) {
         target = getenv("TARGET");
-        tokenizer = tokenizer_load("dev/reference/encoding_tokenizer.bin");
+        tokenizer = tokenizer_load("dev/test/reference/encoding_tokenizer.bin");
         n_blocks = 0;  // kept
         fresh = opt;
         path = getenv("INPUT");

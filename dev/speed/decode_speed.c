@@ -1,7 +1,7 @@
 /*
 Decode speed of every kind of attention and cache at several contexts; prints a Markdown table.
 
-    make decode-speed                      all of it, some five minutes, written to dev/decode_speed.md
+    make decode-speed                      all of it, some five minutes, written to dev/speed/decode_speed.md
     ./decode_speed 1024 1 [layers heads channels]   one context and batch size
 
 A model of random weights (8 layers, 16 heads, 512 channels, vocabulary 256) gets a cache filled with
@@ -11,8 +11,8 @@ once, cache once per step) take at the memory bandwidth, or its arithmetic at th
 both measured in this run, whichever is longer.
 */
 #define TESTING
-#include "../train_gpt2_mla.c"
-#include "limits.h"
+#include "../../train_gpt2_mla.c"
+#include "machine_limits.h"
 
 typedef struct {
     const char *name;

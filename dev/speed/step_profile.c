@@ -11,8 +11,8 @@ bytes that it must read and write at the bandwidth of memory, both measured here
 the caches, and may well be faster than memory.
 */
 #define TESTING
-#include "../train_gpt2_mla.c"
-#include "limits.h"
+#include "../../train_gpt2_mla.c"
+#include "machine_limits.h"
 
 // An operation is a function of a model, its batch, and a tensor if it is one of many linear layers.
 typedef struct {

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes dev/reference/encoding_*.bin: what the tests compare the C code's GPT-2 encoder with.
+"""Writes dev/test/reference/encoding_*.bin: what the tests compare the C code's GPT-2 encoder with.
 
 encoding_cases.bin: strings, and the ids that tiktoken's encode_ordinary gives for them with GPT-2's
 full vocabulary. One record after another, little-endian, no header, no padding:
@@ -16,7 +16,7 @@ may not). Empty tokens take no part, nor does <|endoftext|>, which is plain text
 
 Both files come out the same on every run.
 
-    python dev/make_encoding.py --gpt2-files DIR --text tinyshakespeare.txt
+    python dev/test/make_encoding_cases.py --gpt2-files DIR --text tinyshakespeare.txt
 """
 
 import argparse
@@ -26,7 +26,7 @@ import struct
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from prepro_tinyshakespeare import difference, gpt2_tokenizer, read_file, tokenizer_file, write_files
 
@@ -93,8 +93,8 @@ def main():
 
     everything = b"\xff".join(strings)  # a byte that no case has keeps them apart
     kept = [t if len(t) == 1 or i == eot or t in everything else b"" for i, t in enumerate(tokens)]
-    files = {str(ROOT / "dev/reference/encoding_tokenizer.bin"): tokenizer_file(kept, eot),
-             str(ROOT / "dev/reference/encoding_cases.bin"): b"".join(records)}
+    files = {str(ROOT / "dev/test/reference/encoding_tokenizer.bin"): tokenizer_file(kept, eot),
+             str(ROOT / "dev/test/reference/encoding_cases.bin"): b"".join(records)}
     write_files(files)
     for (path, content), what in zip(files.items(), (
             f"{sum(map(bool, kept))} of {len(kept)} tokens",

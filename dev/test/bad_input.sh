@@ -1,7 +1,7 @@
 #!/bin/sh
 # Every bad input that a person can give, and the line that answers it. A row is an exit status, the line, and
 # the options that lead to it; the files it needs are made just above. Part of `make test`, or alone:
-#     sh dev/test_errors.sh            with ./train_gpt2_mla, started by the command in $RUN if that is set
+#     sh dev/test/bad_input.sh            with ./train_gpt2_mla, started by the command in $RUN if that is set
 # The last line is `N passed, M failed`.
 export LC_ALL=C
 # Built with a sanitizer, the program shall see its allocations refused, and may give up without freeing.
@@ -296,7 +296,7 @@ holds "loss is NaN: one line" [ "$(wc -l <err)" -eq 1 ]
 holds "loss is NaN: last good checkpoint" $RUN "$program" --load wild --eval --val-data text
 
 # Signals: the step at hand is finished and saved. (That a resumed run ends like one that was left alone is
-# dev/crash_test.py's subject.)
+# dev/test/kill_and_resume.py's subject.)
 
 endless="$tiny --train-data text --steps 1000000 --sample-every 0 --save stopped --log stopped.csv"
 until_stopped() {  # $1: the signal; then more options

@@ -4,9 +4,9 @@ It reads and writes the same checkpoints and the same data files, so either
 program can evaluate, train further or check what the other one made (optimizer
 moments are left to the C program). PyTorch and NumPy are all it needs.
 
-    python dev/gpt2_mla.py eval   --load model.safetensors --val-data val.bin
-    python dev/gpt2_mla.py train  --load model.safetensors --train-data train.bin --steps 20
-    python dev/gpt2_mla.py decode --load model.safetensors --cache absorbed --context 1024
+    python dev/pytorch/gpt2_mla.py eval   --load model.safetensors --val-data val.bin
+    python dev/pytorch/gpt2_mla.py train  --load model.safetensors --train-data train.bin --steps 20
+    python dev/pytorch/gpt2_mla.py decode --load model.safetensors --cache absorbed --context 1024
 
 Instead of --load FILE, --config n_layer=4,n_embd=128,... makes a new random model.
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Kills training again and again and checks that nothing is lost by it.
 
-    python3 dev/crash_test.py                 100 kills, half a minute, with ./train_gpt2_mla
-    python3 dev/crash_test.py --kills 1000 --seed 7
+    python3 dev/test/kill_and_resume.py                 100 kills, half a minute, with ./train_gpt2_mla
+    python3 dev/test/kill_and_resume.py --kills 1000 --seed 7
 
 For every kind of attention a run of a small model, with dropout, validation and frequent saves, is left
 alone once. Then the same run is killed (SIGKILL) at random moments, three times in four soon after it began
@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = [
     "mha learned", "mha rope", "mha decoupled", "gqa learned", "gqa rope", "mqa learned", "mqa rope", "mla learned",
     "mla decoupled", "mla decoupled --q-rank 0 --latent-norm rmsnorm", "mla learned --latent-norm none",

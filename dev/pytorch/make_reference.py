@@ -1,4 +1,4 @@
-"""Writes dev/reference/*.safetensors: what test_mla.c compares the C code with.
+"""Writes dev/test/reference/*.safetensors: what test_mla.c compares the C code with.
 
 One file per row of the attention family, each a tiny and deliberately awkward
 model: heads of 6, ranks of 7 and 10 and a vocabulary of 37 divide by no vector
@@ -19,7 +19,7 @@ ref.weight_decay and ref.grad_clip.
 Nothing is written before a second implementation, from the definitions and with
 one loop over heads, gives the same logits and gradients to 1e-12.
 
-    python dev/make_reference.py [folder]
+    python dev/pytorch/make_reference.py [folder]
 """
 
 import math
@@ -236,7 +236,7 @@ def make_reference(name, choices, folder):
 
 
 def main():
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "reference"
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1] / "test/reference"
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)                                                     # one order of summation
     torch.use_deterministic_algorithms(True)

@@ -1,9 +1,0 @@
-// Prints the multiply-add peak of all OpenMP threads in GFLOP/s. dev/bench.py runs it beside what it measures.
-#define TESTING
-#include "../train_gpt2_mla.c"
-#include "limits.h"
-
-int main(void) {
-    printf("%.1f\n", multiply_add_peak());
-    return 0;
-}
