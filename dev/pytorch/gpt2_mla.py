@@ -88,7 +88,7 @@ class Config:
 
 
 # ----------------------------------------------------------------------------
-# Attention: two front ends that say how x becomes queries, keys and values, and one core
+# Attention: two kinds of projection that turn x into queries, keys and values, and one core
 
 def split_heads(x, n):
     """(B, T, n*width) -> (B, n, T, width)"""
@@ -145,10 +145,10 @@ class Cache:
 
 
 class Attention(nn.Module):
-    """The core that all kinds share. A subclass is a front end, with two methods:
+    """The core that all kinds share. A subclass says what the projections are, in two methods:
 
-    project(x, rope)   x (B, T, C) -> q (B, NH, T, HS), and what later tokens need to know of these
-    expand(*known)     that for any positions -> k, v and perhaps k_rope, as attend takes them
+    project(x, rope)    x (B, T, C) -> q (B, NH, T, HS), and what later tokens need to know of x
+    up_project(*known)  that for any positions -> k, v and perhaps k_rope, as attend takes them
     """
 
     def __init__(self, config):
@@ -161,7 +161,7 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache=None):
         q, *known = self.project(x, rope)
         if cache is None:
-            y = self.attend(q, *self.expand(*known))                             # (B, NH, T, HS)
+            y = self.attend(q, *self.up_project(*known))                         # (B, NH, T, HS)
         else:
             y = self.attend_cached(q, known, cache)                              # (B, NH, T, HS)
         return self.c_proj(y.transpose(1, 2).flatten(2))                         # (B, T, C)
@@ -169,7 +169,7 @@ class Attention(nn.Module):
     def attend_cached(self, q, known, cache):
         """First the prompt, T positions that attend to themselves, then one position that attends to all S."""
         if cache.mode == "full":
-            known = self.expand(*known)
+            known = self.up_project(*known)
         known = cache.append(self, known)
         step = cache.length > 0
         if step:
@@ -177,7 +177,7 @@ class Attention(nn.Module):
         if step and cache.mode == "absorbed":
             return self.attend_absorbed(q, *known)
         if cache.mode != "full":
-            known = self.expand(*known)
+            known = self.up_project(*known)
         return (self.attend_step if step else self.attend)(q, *known)
 
     def attend(self, q, k, v, k_rope=None):
@@ -228,12 +228,12 @@ class DirectAttention(Attention):
             return q, k, v, rotate(k_rope.unsqueeze(1), rope)                    # k_rope (B, 1, T, RD)
         return q, rotate(k, rope), v
 
-    def expand(self, *known):
-        return known                                                             # nothing to do
+    def up_project(self, *known):
+        return known                                                             # already k and v
 
 
 class LatentAttention(Attention):
-    """mla: keys and values of all heads are expanded from one latent of R numbers per token."""
+    """mla: keys and values of all heads are up-projected from one latent of R numbers per token."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -263,16 +263,16 @@ class LatentAttention(Attention):
             latent = torch.cat([latent, rotate(k_rope, rope)], dim=-1)           # (B, T, R+RD)
         return q, latent.unsqueeze(1)                                            # (B, NH, T, HS), (B, 1, T, R+RD)
 
-    def expand(self, latent):
+    def up_project(self, latent):
         latent, k_rope = latent.split([self.R, self.RD], dim=-1)                 # (B, 1, S, R | RD)
         kv = split_heads(self.kv_b_proj(latent.squeeze(1)), self.NH)             # (B, NH, S, NOPE+HS)
         k, v = kv.split([self.NOPE, self.HS], dim=-1)                            # (B, NH, S, NOPE | HS)
         return (k, v, k_rope) if self.RD else (k, v)
 
     def attend_absorbed(self, q, latent):
-        """attend_step without expanding: the latents themselves are the keys and values of an MQA.
+        """attend_step without up-projection: the latents themselves are keys and values of an MQA.
 
-        With W_UK, W_UV the rows of kv_b_proj that expand a head's key and value,
+        With W_UK, W_UV the rows of kv_b_proj that make a head's key and value,
         q . (W_UK latent) = (W_UK^T q) . latent, and sums of W_UV latent are W_UV times sums of latents.
         """
         w = self.kv_b_proj.weight.unflatten(0, (self.NH, -1))                    # (NH, NOPE+HS, R)
