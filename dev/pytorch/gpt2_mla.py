@@ -12,7 +12,8 @@ Instead of --load FILE, --config n_layer=4,n_embd=128,... makes a new random mod
 
 Letters in the shape comments:
     B sequences   T positions   V vocabulary   C channels   HS = C/NH head size
-    NH query heads    NKV key/value heads      R kv_rank    RQ q_rank
+    NH query heads    NKV key/value heads    G = NH/NKV query heads that share a key/value head
+    R kv_rank         RQ q_rank
     RD rope_dim, the rotated part of a head    NOPE = HS - RD, the rest of it
     S positions attended to: T, or when decoding, all that the cache holds
 """
@@ -39,13 +40,17 @@ POSITIONS = {"mha": ("learned", "rope", "decoupled"), "gqa": ("learned", "rope")
 
 @dataclass
 class Config:
-    """What a model is. Fields that mean nothing for its kind are set to 0 or "none"."""
+    """What a model is.
+
+    Fields that are no choice for its kind are set to what they must be: 0 or "none" where they
+    mean nothing.
+    """
 
     attention: str = "mla"           # mha | gqa | mqa | mla
     position: str = "decoupled"      # learned | rope | decoupled
     n_layer: int = 6
     n_head: int = 6                  # NH
-    n_kv_head: int = 0               # NKV, a free choice for gqa only
+    n_kv_head: int = 0               # NKV, a free choice for gqa and mla only; mla, 0: n_head
     n_embd: int = 384                # C
     block_size: int = 256            # rows of wpe; the training length otherwise
     vocab_size: int = 256            # V
@@ -55,8 +60,10 @@ class Config:
     latent_norm: str = "layernorm"   # layernorm | rmsnorm | none, mla only
 
     def __post_init__(self):
-        if self.attention != "gqa":
-            self.n_kv_head = 1 if self.attention == "mqa" else self.n_head
+        if self.attention == "mqa":
+            self.n_kv_head = 1
+        elif self.attention == "mha" or (self.attention == "mla" and self.n_kv_head == 0):
+            self.n_kv_head = self.n_head
         if self.position != "decoupled":
             self.rope_dim = self.head_size if self.position == "rope" else 0
         if self.attention != "mla":
@@ -167,7 +174,7 @@ class Attention(nn.Module):
         return self.c_proj(y.transpose(1, 2).flatten(2))                         # (B, T, C)
 
     def attend_cached(self, q, known, cache):
-        """First the prompt, T positions that attend to themselves, then one position that attends to all S."""
+        """First the prompt, T positions that attend to themselves, then one position to all S."""
         if cache.mode == "full":
             known = self.up_project(*known)
         known = cache.append(self, known)
@@ -184,26 +191,29 @@ class Attention(nn.Module):
         """Causal attention of T positions to themselves.
 
         q (B, NH, T, HS), k and v (B, NKV, T, HS) -> (B, NH, T, HS).
-        With k_rope (B, 1, T, RD), a rotary key for all heads, k is (B, NH, T, NOPE).
+        With k_rope (B, 1, T, RD), a rotary key for all heads, k is (B, NKV, T, NOPE).
         """
         if k_rope is not None:
-            k = torch.cat([k, k_rope.expand(-1, self.NH, -1, -1)], dim=-1)       # (B, NH, T, HS)
+            k = torch.cat([k, k_rope.expand(-1, self.NKV, -1, -1)], dim=-1)      # (B, NKV, T, HS)
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.HS ** -0.5, enable_gqa=self.NKV < self.NH)
 
     def attend_step(self, q, k, v, k_rope=None):
-        """The same for the last of S positions alone: q (B, NH, 1, HS), already scaled -> (B, NH, 1, HS).
+        """The same for the last of S positions alone, with q already scaled.
 
+        q (B, NH, 1, HS), k (B, NKV, S, HS or, with k_rope, NOPE), v (B, NKV, S, HS)
+        -> (B, NH, 1, HS).
         Query heads that share a key are rows of one matrix product, so the keys are read once;
         for so few rows that is at least as fast as scaled_dot_product_attention.
         """
-        q = q.squeeze(2).unflatten(1, (k.shape[1], -1))                          # (B, NKV, NH/NKV, HS)
+        q = q.squeeze(2).unflatten(1, (k.shape[1], -1))                          # (B, NKV, G, HS)
         if k_rope is None:
-            scores = q @ k.mT                                                    # (B, NKV, NH/NKV, S)
+            scores = q @ k.mT                                                    # (B, NKV, G, S)
         else:
-            q_nope, q_rope = q.split([self.NOPE, self.RD], dim=-1)               # (B, NH, 1, NOPE | RD)
-            scores = q_nope @ k.mT                                               # (B, NH, 1, S)
-            scores += (q_rope.transpose(1, 2) @ k_rope.mT).transpose(1, 2)       # (B, 1, NH, S) as (B, NH, 1, S)
+            q_nope, q_rope = q.split([self.NOPE, self.RD], dim=-1)               # (B, NKV, G, NOPE | RD)
+            scores = q_nope @ k.mT                                               # (B, NKV, G, S)
+            rope_scores = q_rope.flatten(1, 2).unsqueeze(1) @ k_rope.mT          # (B, 1, NH, S)
+            scores += rope_scores.view_as(scores)                                # (B, NKV, G, S)
         return (scores.softmax(dim=-1) @ v).flatten(1, 2).unsqueeze(2)           # (B, NH, 1, HS)
 
 
@@ -217,13 +227,15 @@ class DirectAttention(Attention):
     def __init__(self, config):
         super().__init__(config)
         shared = self.RD if config.position == "decoupled" else 0
-        self.rows = [self.NH * self.HS, self.NKV * (self.HS - shared), shared, self.NKV * self.HS]  # q, k, k_rope, v
+        self.rows = [self.NH * self.HS, self.NKV * (self.HS - shared), shared,   # q, k, k_rope,
+                     self.NKV * self.HS]                                         # v
         self.c_attn = nn.Linear(config.n_embd, sum(self.rows))
 
     def project(self, x, rope):
         q, k, k_rope, v = self.c_attn(x).split(self.rows, dim=-1)                # (B, T, ...)
         q = rotate(split_heads(q, self.NH), rope)                                # (B, NH, T, HS)
-        k, v = split_heads(k, self.NKV), split_heads(v, self.NKV)                # (B, NKV, T, HS or NOPE | HS)
+        k = split_heads(k, self.NKV)                                             # (B, NKV, T, HS or NOPE)
+        v = split_heads(v, self.NKV)                                             # (B, NKV, T, HS)
         if k_rope.shape[-1]:
             return q, k, v, rotate(k_rope.unsqueeze(1), rope)                    # k_rope (B, 1, T, RD)
         return q, rotate(k, rope), v
@@ -233,12 +245,15 @@ class DirectAttention(Attention):
 
 
 class LatentAttention(Attention):
-    """mla: keys and values of all heads are up-projected from one latent of R numbers per token."""
+    """mla: keys and values of all heads are up-projected from one latent of R numbers per token.
+
+    With NKV < NH this is GQLA (arXiv 2605.15250): query head h reads key/value head h // G.
+    """
 
     def __init__(self, config):
         super().__init__(config)
         C, RQ, self.R = config.n_embd, config.q_rank, config.kv_rank
-        NH, HS, NOPE, RD = self.NH, self.HS, self.NOPE, self.RD
+        NH, NKV, HS, NOPE, RD = self.NH, self.NKV, self.HS, self.NOPE, self.RD
         norms = {"layernorm": nn.LayerNorm, "rmsnorm": partial(nn.RMSNorm, eps=1e-6), "none": nn.Identity}
         norm = norms[config.latent_norm]
         if RQ:
@@ -249,7 +264,7 @@ class LatentAttention(Attention):
             self.q_proj = nn.Linear(C, NH * HS, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(C, self.R + RD, bias=False)          # rows: latent, k_rope
         self.kv_a_layernorm = norm(self.R)
-        self.kv_b_proj = nn.Linear(self.R, NH * (NOPE + HS), bias=False)         # rows per head: k_nope, v
+        self.kv_b_proj = nn.Linear(self.R, NKV * (NOPE + HS), bias=False)        # rows per head: k_nope, v
 
     def project(self, x, rope):
         if hasattr(self, "q_proj"):
@@ -261,12 +276,12 @@ class LatentAttention(Attention):
         latent = self.kv_a_layernorm(latent)
         if self.RD:
             latent = torch.cat([latent, rotate(k_rope, rope)], dim=-1)           # (B, T, R+RD)
-        return q, latent.unsqueeze(1)                                            # (B, NH, T, HS), (B, 1, T, R+RD)
+        return q, latent.unsqueeze(1)                                            # latent (B, 1, T, R+RD)
 
     def up_project(self, latent):
         latent, k_rope = latent.split([self.R, self.RD], dim=-1)                 # (B, 1, S, R | RD)
-        kv = split_heads(self.kv_b_proj(latent.squeeze(1)), self.NH)             # (B, NH, S, NOPE+HS)
-        k, v = kv.split([self.NOPE, self.HS], dim=-1)                            # (B, NH, S, NOPE | HS)
+        kv = split_heads(self.kv_b_proj(latent.squeeze(1)), self.NKV)            # (B, NKV, S, NOPE+HS)
+        k, v = kv.split([self.NOPE, self.HS], dim=-1)                            # (B, NKV, S, NOPE | HS)
         return (k, v, k_rope) if self.RD else (k, v)
 
     def attend_absorbed(self, q, latent):
@@ -275,13 +290,18 @@ class LatentAttention(Attention):
         With W_UK, W_UV the rows of kv_b_proj that make a head's key and value,
         q . (W_UK latent) = (W_UK^T q) . latent, and sums of W_UV latent are W_UV times sums of latents.
         """
-        w = self.kv_b_proj.weight.unflatten(0, (self.NH, -1))                    # (NH, NOPE+HS, R)
-        w_uk, w_uv = w.split([self.NOPE, self.HS], dim=1)                        # (NH, NOPE | HS, R)
+        w = self.kv_b_proj.weight.unflatten(0, (self.NKV, -1))                   # (NKV, NOPE+HS, R)
+        w_uk, w_uv = w.split([self.NOPE, self.HS], dim=1)                        # (NKV, NOPE | HS, R)
         q_nope, q_rope = q.split([self.NOPE, self.RD], dim=-1)                   # (B, NH, 1, NOPE | RD)
-        q_nope = (q_nope.transpose(0, 2) @ w_uk).transpose(0, 2)                 # (1, NH, B, R) as (B, NH, 1, R)
+        q_nope = self.matmul_by_kv_head(q_nope, w_uk)                            # (B, NH, 1, R)
         q = torch.cat([q_nope, q_rope], dim=-1)                                  # (B, NH, 1, R+RD)
         y = self.attend_step(q, latent, latent[..., :self.R])                    # (B, NH, 1, R)
-        return (y.transpose(0, 2) @ w_uv.mT).transpose(0, 2)                     # (B, NH, 1, HS)
+        return self.matmul_by_kv_head(y, w_uv.mT)                                # (B, NH, 1, HS)
+
+    def matmul_by_kv_head(self, x, w):
+        """Each head's x (B, NH, 1, m) times the w (NKV, m, n) of its kv head -> (B, NH, 1, n)"""
+        x = x.transpose(0, 2).reshape(self.NKV, -1, x.shape[-1])                 # (NKV, G*B, m)
+        return (x @ w).view(1, self.NH, -1, w.shape[-1]).transpose(0, 2)         # (B, NH, 1, n)
 
 
 # ----------------------------------------------------------------------------

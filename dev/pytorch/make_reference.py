@@ -1,6 +1,6 @@
 """Writes dev/test/reference/*.safetensors: what test_mla.c compares the C code with.
 
-One file per row of the attention family, each a tiny and deliberately awkward
+One file or more per row of the attention family, each a tiny and deliberately awkward
 model: heads of 6, ranks of 7 and 10 and a vocabulary of 37 divide by no vector
 width, and sequences of 75 end within the second 64-wide tile of the attention.
 Parameters are random, rounded to float32; everything computed from them is
@@ -40,8 +40,8 @@ MODELS = {
     "mha_learned": dict(attention="mha", position="learned"),
     "mha_rope": dict(attention="mha", position="rope"),
     "mha_decoupled": dict(attention="mha", position="decoupled"),
-    "gqa_learned": dict(attention="gqa", position="learned"),
-    "gqa_rope": dict(attention="gqa", position="rope"),
+    "gqa_learned": dict(attention="gqa", position="learned", n_kv_head=NKV),
+    "gqa_rope": dict(attention="gqa", position="rope", n_kv_head=NKV),
     "mqa_learned": dict(attention="mqa", position="learned"),
     "mqa_rope": dict(attention="mqa", position="rope"),
     "mla_learned": dict(attention="mla", position="learned"),
@@ -50,6 +50,8 @@ MODELS = {
     "mla_decoupled_rmsnorm": dict(attention="mla", position="decoupled", latent_norm="rmsnorm"),
     "mla_decoupled_none": dict(attention="mla", position="decoupled", latent_norm="none"),
     "mla_decoupled_q0": dict(attention="mla", position="decoupled", q_rank=0),
+    "mla_decoupled_gqla": dict(attention="mla", position="decoupled", n_kv_head=NKV),
+    "mla_learned_kv1": dict(attention="mla", position="learned", n_kv_head=1),
 }
 
 
@@ -106,8 +108,8 @@ def attention(c, w, name, x):
         g = h // (NH // NKV)                                                     # its key/value head
         if c.attention == "mla":
             q = torch.einsum("btr,dr->btd", source, w_q[h * HS:(h + 1) * HS])
-            w_k = get("kv_b_proj.weight")[h * (NOPE + HS):][:NOPE]
-            w_v = get("kv_b_proj.weight")[h * (NOPE + HS) + NOPE:][:HS]
+            w_k = get("kv_b_proj.weight")[g * (NOPE + HS):][:NOPE]
+            w_v = get("kv_b_proj.weight")[g * (NOPE + HS) + NOPE:][:HS]
             q_nope, q_rope = q[..., :NOPE], q[..., NOPE:]
             k_nope, k_rope = torch.einsum("btr,dr->btd", latent, w_k), down[..., R:]
             v = torch.einsum("btr,dr->btd", latent, w_v)
@@ -195,8 +197,8 @@ def randomize(model):
 
 def make_reference(name, choices, folder):
     torch.manual_seed(zlib.crc32(name.encode()))
-    extra = dict(kv_rank=R, rope_dim=RD, n_kv_head=NKV)
-    model = GPT(Config(**({"q_rank": RQ} | SIZES | extra | choices)))
+    ranks = dict(q_rank=RQ, kv_rank=R, rope_dim=RD)  # other kinds of attention ignore them
+    model = GPT(Config(**(SIZES | ranks | choices)))
     randomize(model)
     tokens = torch.randint(model.config.vocab_size, (B, T + 1))                  # (B, T+1)
     x, y = tokens[:, :-1], tokens[:, 1:]                                         # (B, T) each
