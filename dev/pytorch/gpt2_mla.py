@@ -14,7 +14,9 @@ Letters in the shape comments:
     B sequences   T positions   V vocabulary   C channels   HS = C/NH head size
     NH query heads    NKV key/value heads    G = NH/NKV query heads that share a key/value head
     R kv_rank         RQ q_rank
-    RD rope_dim, the rotated part of a head    NOPE = HS - RD, the rest of it
+    RD rope_dim, the rotated part of a query or key head    NOPE nope_dim, the rest of it
+    QK = NOPE + RD, the width of a query or key head; NOPE is HS - RD and so QK is HS, unless
+       mla with position decoupled chooses its own nope_dim. A value head is HS wide.
     S positions attended to: T, or when decoding, all that the cache holds
 """
 
@@ -57,6 +59,7 @@ class Config:
     q_rank: int = 0                  # RQ, mla only; 0: queries come straight from x
     kv_rank: int = 0                 # R, mla only
     rope_dim: int = 0                # RD, a free choice for decoupled only
+    nope_dim: int = 0                # NOPE, a free choice for mla decoupled only; 0: HS - RD
     latent_norm: str = "layernorm"   # layernorm | rmsnorm | none, mla only
 
     def __post_init__(self):
@@ -66,15 +69,23 @@ class Config:
             self.n_kv_head = self.n_head
         if self.position != "decoupled":
             self.rope_dim = self.head_size if self.position == "rope" else 0
+        if self.position != "decoupled" or self.nope_dim == 0:
+            self.nope_dim = self.default_nope_dim
         if self.attention != "mla":
             self.q_rank, self.kv_rank, self.latent_norm = 0, 0, "none"
         for wrong, message in [
             (self.position not in POSITIONS.get(self.attention, ()), "this attention has no such position"),
             (self.n_embd % self.n_head, "n_embd is not a multiple of n_head"),
             (self.n_kv_head < 1 or self.n_head % self.n_kv_head, "n_kv_head does not divide n_head"),
-            (self.position == "decoupled" and not 0 < self.rope_dim < self.head_size,
+            (self.attention == "mha" and self.nope_dim != self.default_nope_dim,
+             "nope_dim is a free choice for mla only; that of mha is n_embd/n_head - rope_dim, "
+             f"{self.default_nope_dim}"),
+            (self.position == "decoupled" and self.nope_dim == self.default_nope_dim
+             and not 0 < self.rope_dim < self.head_size,
              f"rope_dim is not between 0 and n_embd/n_head, {self.head_size}"),
+            (self.position == "decoupled" and self.rope_dim < 2, "rope_dim is less than 2"),
             (self.rope_dim % 2, "rope_dim is odd, but rotations need pairs"),
+            (self.nope_dim < 0, "nope_dim is negative"),
             (self.attention == "mla" and self.kv_rank < 1, "mla needs a kv_rank"),
             (self.latent_norm not in ("layernorm", "rmsnorm", "none"), "no such latent_norm"),
         ]:
@@ -83,7 +94,18 @@ class Config:
 
     @property
     def head_size(self):
+        """HS, the width of a value head"""
         return self.n_embd // self.n_head
+
+    @property
+    def default_nope_dim(self):
+        """HS - RD: what nope_dim is unless chosen, so that QK is HS"""
+        return self.head_size - self.rope_dim
+
+    @property
+    def qk_size(self):
+        """QK, the width of a query or key head"""
+        return self.nope_dim + self.rope_dim
 
     @classmethod
     def from_metadata(cls, metadata):
@@ -91,7 +113,11 @@ class Config:
         return cls(**{f.name: f.type(metadata[f.name]) for f in fields(cls) if f.name in metadata})
 
     def to_metadata(self):
-        return {"format": "train_gpt2_mla"} | {f.name: str(getattr(self, f.name)) for f in fields(self)}
+        """Without nope_dim where it is the default: older programs then read the file too."""
+        metadata = {f.name: str(getattr(self, f.name)) for f in fields(self)}
+        if self.nope_dim == self.default_nope_dim:
+            del metadata["nope_dim"]
+        return {"format": "train_gpt2_mla"} | metadata
 
 
 # ----------------------------------------------------------------------------
@@ -154,15 +180,14 @@ class Cache:
 class Attention(nn.Module):
     """The core that all kinds share. A subclass says what the projections are, in two methods:
 
-    project(x, rope)    x (B, T, C) -> q (B, NH, T, HS), and what later tokens need to know of x
+    project(x, rope)    x (B, T, C) -> q (B, NH, T, QK), and what later tokens need to know of x
     up_project(*known)  that for any positions -> k, v and perhaps k_rope, as attend takes them
     """
 
     def __init__(self, config):
         super().__init__()
         self.NH, self.NKV, self.HS = config.n_head, config.n_kv_head, config.head_size
-        self.RD = config.rope_dim
-        self.NOPE = self.HS - self.RD
+        self.NOPE, self.RD, self.QK = config.nope_dim, config.rope_dim, config.qk_size
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, rope, cache=None):
@@ -180,7 +205,7 @@ class Attention(nn.Module):
         known = cache.append(self, known)
         step = cache.length > 0
         if step:
-            q = q * self.HS ** -0.5                                              # (B, NH, 1, HS)
+            q = q * self.QK ** -0.5                                              # (B, NH, 1, QK)
         if step and cache.mode == "absorbed":
             return self.attend_absorbed(q, *known)
         if cache.mode != "full":
@@ -190,23 +215,29 @@ class Attention(nn.Module):
     def attend(self, q, k, v, k_rope=None):
         """Causal attention of T positions to themselves.
 
-        q (B, NH, T, HS), k and v (B, NKV, T, HS) -> (B, NH, T, HS).
+        q (B, NH, T, QK), k (B, NKV, T, QK), v (B, NKV, T, HS) -> (B, NH, T, HS).
         With k_rope (B, 1, T, RD), a rotary key for all heads, k is (B, NKV, T, NOPE).
         """
         if k_rope is not None:
-            k = torch.cat([k, k_rope.expand(-1, self.NKV, -1, -1)], dim=-1)      # (B, NKV, T, HS)
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.HS ** -0.5, enable_gqa=self.NKV < self.NH)
+            k = torch.cat([k, k_rope.expand(-1, self.NKV, -1, -1)], dim=-1)      # (B, NKV, T, QK)
+        if self.QK != self.HS:
+            # PyTorch's fused attention, at T = 1024 twice as fast, wants one width for all three.
+            # Zeros add nothing to a score, and the columns that they add to v are cut off below.
+            width = max(self.QK, self.HS)
+            q, k, v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))    # (B, ., T, width)
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.QK ** -0.5, enable_gqa=self.NKV < self.NH)
+        return y[..., :self.HS]                                                  # (B, NH, T, HS)
 
     def attend_step(self, q, k, v, k_rope=None):
         """The same for the last of S positions alone, with q already scaled.
 
-        q (B, NH, 1, HS), k (B, NKV, S, HS or, with k_rope, NOPE), v (B, NKV, S, HS)
+        q (B, NH, 1, QK), k (B, NKV, S, QK or, with k_rope, NOPE), v (B, NKV, S, HS)
         -> (B, NH, 1, HS).
         Query heads that share a key are rows of one matrix product, so the keys are read once;
         for so few rows that is at least as fast as scaled_dot_product_attention.
         """
-        q = q.squeeze(2).unflatten(1, (k.shape[1], -1))                          # (B, NKV, G, HS)
+        q = q.squeeze(2).unflatten(1, (k.shape[1], -1))                          # (B, NKV, G, QK)
         if k_rope is None:
             scores = q @ k.mT                                                    # (B, NKV, G, S)
         else:
@@ -221,20 +252,20 @@ class DirectAttention(Attention):
     """mha, gqa, mqa: queries, keys and values are all rows of c_attn.
 
     rope rotates the whole of every q and k head, decoupled (as mla does) the last RD of
-    every q head and one rotary key for all heads.
+    every q head and one rotary key for all heads. QK is HS.
     """
 
     def __init__(self, config):
         super().__init__(config)
         shared = self.RD if config.position == "decoupled" else 0
-        self.rows = [self.NH * self.HS, self.NKV * (self.HS - shared), shared,   # q, k, k_rope,
+        self.rows = [self.NH * self.QK, self.NKV * (self.QK - shared), shared,   # q, k, k_rope,
                      self.NKV * self.HS]                                         # v
         self.c_attn = nn.Linear(config.n_embd, sum(self.rows))
 
     def project(self, x, rope):
         q, k, k_rope, v = self.c_attn(x).split(self.rows, dim=-1)                # (B, T, ...)
-        q = rotate(split_heads(q, self.NH), rope)                                # (B, NH, T, HS)
-        k = split_heads(k, self.NKV)                                             # (B, NKV, T, HS or NOPE)
+        q = rotate(split_heads(q, self.NH), rope)                                # (B, NH, T, QK)
+        k = split_heads(k, self.NKV)                                             # (B, NKV, T, QK or NOPE)
         v = split_heads(v, self.NKV)                                             # (B, NKV, T, HS)
         if k_rope.shape[-1]:
             return q, k, v, rotate(k_rope.unsqueeze(1), rope)                    # k_rope (B, 1, T, RD)
@@ -253,25 +284,25 @@ class LatentAttention(Attention):
     def __init__(self, config):
         super().__init__(config)
         C, RQ, self.R = config.n_embd, config.q_rank, config.kv_rank
-        NH, NKV, HS, NOPE, RD = self.NH, self.NKV, self.HS, self.NOPE, self.RD
+        NH, NKV, HS, NOPE, RD, QK = self.NH, self.NKV, self.HS, self.NOPE, self.RD, self.QK
         norms = {"layernorm": nn.LayerNorm, "rmsnorm": partial(nn.RMSNorm, eps=1e-6), "none": nn.Identity}
         norm = norms[config.latent_norm]
         if RQ:
             self.q_a_proj = nn.Linear(C, RQ, bias=False)
             self.q_a_layernorm = norm(RQ)
-            self.q_b_proj = nn.Linear(RQ, NH * HS, bias=False)
+            self.q_b_proj = nn.Linear(RQ, NH * QK, bias=False)
         else:
-            self.q_proj = nn.Linear(C, NH * HS, bias=False)
+            self.q_proj = nn.Linear(C, NH * QK, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(C, self.R + RD, bias=False)          # rows: latent, k_rope
         self.kv_a_layernorm = norm(self.R)
         self.kv_b_proj = nn.Linear(self.R, NKV * (NOPE + HS), bias=False)        # rows per head: k_nope, v
 
     def project(self, x, rope):
         if hasattr(self, "q_proj"):
-            q = self.q_proj(x)                                                   # (B, T, NH*HS)
+            q = self.q_proj(x)                                                   # (B, T, NH*QK)
         else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))              # (B, T, NH*HS)
-        q = rotate(split_heads(q, self.NH), rope)                                # (B, NH, T, HS)
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))              # (B, T, NH*QK)
+        q = rotate(split_heads(q, self.NH), rope)                                # (B, NH, T, QK)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.R, self.RD], dim=-1)  # (B, T, R | RD)
         latent = self.kv_a_layernorm(latent)
         if self.RD:

@@ -52,6 +52,8 @@ MODELS = {
     "mla_decoupled_q0": dict(attention="mla", position="decoupled", q_rank=0),
     "mla_decoupled_gqla": dict(attention="mla", position="decoupled", n_kv_head=NKV),
     "mla_learned_kv1": dict(attention="mla", position="learned", n_kv_head=1),
+    "mla_decoupled_nope": dict(attention="mla", position="decoupled", latent_norm="rmsnorm",
+                               nope_dim=8),  # a query is twice as wide as a value
 }
 
 
@@ -85,7 +87,8 @@ def rope(x):
 def attention(c, w, name, x):
     """x (B, T, C) -> (B, T, C); each head takes its own rows out of the weight matrices."""
     NH, NKV, HS, RD, R = c.n_head, c.n_kv_head, c.head_size, c.rope_dim, c.kv_rank
-    NOPE = HS - RD
+    NOPE = c.nope_dim
+    QK = NOPE + RD                                                               # width of q and k
     get = lambda tensor: w[f"{name}.{tensor}"]
     if c.attention == "mla":
         down = torch.einsum("btc,rc->btr", x, get("kv_a_proj_with_mqa.weight"))  # (B, T, R+RD)
@@ -107,7 +110,7 @@ def attention(c, w, name, x):
     for h in range(NH):
         g = h // (NH // NKV)                                                     # its key/value head
         if c.attention == "mla":
-            q = torch.einsum("btr,dr->btd", source, w_q[h * HS:(h + 1) * HS])
+            q = torch.einsum("btr,dr->btd", source, w_q[h * QK:(h + 1) * QK])
             w_k = get("kv_b_proj.weight")[g * (NOPE + HS):][:NOPE]
             w_v = get("kv_b_proj.weight")[g * (NOPE + HS) + NOPE:][:HS]
             q_nope, q_rope = q[..., :NOPE], q[..., NOPE:]
@@ -123,7 +126,7 @@ def attention(c, w, name, x):
             v = project((NH + NKV + g) * HS, HS)
         score = torch.einsum("bid,bjd->bij", q_nope, k_nope)                     # (B, T, T)
         score = score + torch.einsum("bid,bjd->bij", rope(q_rope), rope(k_rope))
-        weight = torch.exp(score / math.sqrt(HS)) * causal
+        weight = torch.exp(score / math.sqrt(QK)) * causal
         weight = weight / weight.sum(-1, keepdim=True)
         head = torch.einsum("bij,bjd->bid", weight, v)                           # (B, T, HS)
         y = y + torch.einsum("btd,cd->btc", head, get("c_proj.weight")[:, h * HS:(h + 1) * HS])
