@@ -38,10 +38,10 @@ all: train_gpt2_mla
 train_gpt2_mla: train_gpt2_mla.c .flags
 	$(BUILD) $< -o $@ $(OMP) $(LDLIBS)
 
-test_mla: test_mla.c train_gpt2_mla.c .flags
+test_mla: test_mla.c doc/mla.c train_gpt2_mla.c .flags
 	$(BUILD) -Wno-unused-function $< -o $@ $(OMP) $(LDLIBS)
 
-test_mla_double: test_mla.c train_gpt2_mla.c .flags
+test_mla_double: test_mla.c doc/mla.c train_gpt2_mla.c .flags
 	$(BUILD) -Wno-unused-function -DREAL_DOUBLE $< -o $@ $(OMP) $(LDLIBS)
 
 test: test_mla test_mla_double train_gpt2_mla

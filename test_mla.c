@@ -17,6 +17,7 @@ test_mla runs test_mla_double and dev/test/bad_input.sh (bad input) too and adds
 #include "train_gpt2_mla.c"
 #include <dirent.h>
 #include <fcntl.h>
+#include <sys/wait.h>
 
 #ifndef _OPENMP
 static void omp_set_num_threads(int n) { (void)n; }
@@ -152,35 +153,61 @@ static void test_exp(void) {
 
 // --- Models to test on
 
-// Every row of the attention table; add one for an attention of your own.
-static const struct { int attention, position, norm, RQ; } kinds[] = {
-    {MHA, LEARNED, NONE, -1}, {MHA, ROPE, NONE, -1}, {MHA, DECOUPLED, NONE, -1}, {GQA, LEARNED, NONE, -1},
-    {GQA, ROPE, NONE, -1}, {MQA, LEARNED, NONE, -1}, {MQA, ROPE, NONE, -1}, {MLA, LEARNED, LAYERNORM, -1},
-    {MLA, DECOUPLED, LAYERNORM, -1}, {MLA, DECOUPLED, RMSNORM, -1}, {MLA, DECOUPLED, NONE, -1},
-    {MLA, DECOUPLED, LAYERNORM, 0}, {MLA, LEARNED, NONE, 0}};
+// Every row of the attention table and its relatives: add one for an attention of your own. NKV and
+// NOPE -1: the default.
+typedef struct {
+    int attention, position, norm, RQ, NKV, NOPE;
+} Kind;
+
+static const Kind kinds[] = {
+    {MHA, LEARNED, NONE, -1, -1, -1}, {MHA, ROPE, NONE, -1, -1, -1},
+    {MHA, DECOUPLED, NONE, -1, -1, -1}, {GQA, LEARNED, NONE, -1, -1, -1},
+    {GQA, ROPE, NONE, -1, -1, -1}, {MQA, LEARNED, NONE, -1, -1, -1}, {MQA, ROPE, NONE, -1, -1, -1},
+    {MLA, LEARNED, LAYERNORM, -1, -1, -1}, {MLA, DECOUPLED, LAYERNORM, -1, -1, -1},
+    {MLA, DECOUPLED, RMSNORM, -1, -1, -1}, {MLA, DECOUPLED, NONE, -1, -1, -1},
+    {MLA, DECOUPLED, LAYERNORM, 0, -1, -1}, {MLA, LEARNED, NONE, 0, -1, -1},
+    {MLA, DECOUPLED, LAYERNORM, -1, 2, -1},  // GQLA
+    {MLA, LEARNED, LAYERNORM, -1, 1, -1},
+    {MLA, DECOUPLED, RMSNORM, 0, 2, 10},     // a query wider than a value
+};
+enum { N_KINDS = sizeof kinds / sizeof *kinds };
+
+static const char *kind_name(const Kind *k) {
+    static char name[100];
+    int at = snprintf(name, sizeof name, "%s %s", attention_names[k->attention],
+                      position_names[k->position]);
+    if (k->attention == MLA) at += snprintf(name + at, sizeof name - at, " %s", norm_names[k->norm]);
+    if (k->RQ == 0) at += snprintf(name + at, sizeof name - at, " q_rank 0");
+    if (k->NKV != -1) at += snprintf(name + at, sizeof name - at, " %d kv heads", k->NKV);
+    if (k->NOPE != -1) snprintf(name + at, sizeof name - at, " nope_dim %d", k->NOPE);
+    return name;
+}
 
 // A small model of any kind, its parameters far enough from their start that every gradient counts.
 // V*C numbers are more than a checkpoint is written and read by at a time.
-static Model *model_of_heads(int NH, int HS, int attention, int position, int norm, int RQ, int B, int T) {
-    Config c = {.attention = attention, .position = position, .latent_norm = norm, .L = 2, .NH = NH, .NKV = -1, .C = NH * HS,
-                .block_size = T, .V = 180, .RQ = RQ, .R = -1, .RD = -1};
+static Model *model_of_heads(int NH, int HS, const Kind *k, int B, int T) {
+    Config c = {.attention = k->attention, .position = k->position, .latent_norm = k->norm, .L = 2,
+                .NH = NH, .NKV = k->NKV, .C = NH * HS, .block_size = T, .V = 180, .RQ = k->RQ,
+                .R = -1, .RD = -1, .NOPE = k->NOPE};
     config_complete(&c, 1, "test");
     Model *m = model_create(&c, 1);
     model_init(m, 5);
-    for (size_t i = 0; i < m->block; i++) m->params[i] += (real)(0.2 * random_normal(6, i));
+    for (size_t i = 0; i < m->n_reals; i++) m->params[i] += (real)(0.2 * random_normal(6, i));
     model_reserve(m, B, T, 1);
     return m;
 }
 
-static Model *small_model(int attention, int position, int norm, int RQ, int B, int T) {
-    return model_of_heads(4, 6, attention, position, norm, RQ, B, T);
+static Model *model_of_kind(const Kind *k, int B, int T) { return model_of_heads(4, 6, k, B, T); }
+
+static Model *small_model(int attention, int position, int B, int T) {
+    return model_of_kind(&(Kind){attention, position, LAYERNORM, -1, -1, -1}, B, T);
 }
 
 static void random_tokens(int *x, int n, int V) {
     for (int i = 0; i < n; i++) x[i] = random_bits(8, i) % V;
 }
 
-static void clear_gradients(Model *m) { memset(m->grads, 0, m->block * sizeof(real)); }
+static void clear_gradients(Model *m) { memset(m->grads, 0, m->n_reals * sizeof(real)); }
 
 // --- Reference dumps
 
@@ -246,7 +273,7 @@ static void test_dump(const char *path) {
     int N = c.B * c.T, C = m->c.C, V = m->c.V;
     char name[96];
     real *logits = allocate(N * V * sizeof(real), path), *logits_ref = allocate(N * V * sizeof(real), path);
-    real loss_ref, losses[10], norms[10], *g_ref = allocate(m->block * sizeof(real), path);
+    real loss_ref, losses[10], norms[10], *g_ref = allocate(m->n_reals * sizeof(real), path);
 
     // logits are dumped as (B, T, V): the reader, which takes matrices, sees the entry flattened
     Entry *e = (Entry *)checkpoint_find(&c.file, "ref.logits");
@@ -297,39 +324,44 @@ static void full_logits(Model *m, real *logits, const int *tokens, int n, int b)
     head_forward(m, logits, m->norm, n);
 }
 
-// A prompt in one pass and then token by token gives the logits of the full pass, in every kind and
-// cache mode; and the same greedy text.
-static void test_decoding(const char *path, Model *m, int n) {
-    enum { B = 3, PROMPT = 5 };
+// A prompt in one pass and then token by token gives the logits of the full pass, in every cache
+// mode; and the same greedy text. What is kept of a token is as much as cache_floats says: before
+// the start a cache is full of NaN, of which nothing may be read and the rest must be left.
+static void test_decoding(const char *what, Model *m, int n, int n_prompt) {
+    enum { B = 3, LENGTH = 60 };
     const double bound = sizeof(real) == 4 ? 1e-4 : 1e-10;
-    int V = m->c.V, modes = m->c.attention == MLA ? 3 : 1, *tokens = allocate(sizeof(int) * B * n, path);
-    int text[3][60], first = 3;
-    real *full = allocate(sizeof(real) * B * n * V, path);
+    int V = m->c.V, modes = has_latent(&m->c) ? 3 : 1, first = 3, text[3][LENGTH], out[B * LENGTH];
+    int *tokens = allocate(sizeof(int) * B * n, what), *fed = allocate(sizeof(int) * B * n, what);
+    real *full = allocate(sizeof(real) * B * n * V, what);
     random_tokens(tokens, B * n, V);
     for (int b = 0; b < B; b++) full_logits(m, full + b * n * V, tokens, n, b);
     for (int mode = 0; mode < modes; mode++) {
-        Cache *cache = m->cache = cache_create(m, mode, B, n);
-        int prompt[B * PROMPT], next[B];
+        Cache *cache = cache_create(m, mode, B, n);
+        size_t size = cache->layer_size * m->c.L + NR, kept = 0;
         double worst = 0;
-        for (int b = 0; b < B; b++) memcpy(prompt + b * PROMPT, tokens + b * n, PROMPT * sizeof(int));
-        for (int at = PROMPT - 1; at < n; at++) {
-            for (int b = 0; b < B; b++) next[b] = tokens[b * n + at];
-            real *logits = at < PROMPT ? decode(m, prompt, B, PROMPT) : decode(m, next, B, 1);
+        for (size_t i = 0; i < size; i++) cache->layers[i] = NAN;
+        for (int at = n_prompt - 1, T = n_prompt; at < n; at++, T = 1) {
             for (int b = 0; b < B; b++)
-                for (int v = 0; v < V; v++) worst = worse(worst, fabs(logits[b * V + v] - full[(b * n + at) * V + v]));
+                memcpy(fed + b * T, tokens + b * n + at + 1 - T, T * sizeof(int));
+            real *logits = decode(m, cache, fed, T);
+            for (int b = 0; b < B; b++)
+                for (int v = 0; v < V; v++)
+                    worst = worse(worst, fabs(logits[b * V + v] - full[(b * n + at) * V + v]));
         }
-        check_below(path, cache_names[mode], worst, bound);
+        check_below(what, cache_names[mode], worst, bound);
+        for (size_t i = 0; i < size; i++) kept += !isnan(cache->layers[i]);
+        check(what, "keeps as many floats per token as it says",
+              kept == (size_t)cache_floats(&m->c, mode) * B * n);
         Sampling greedy = {0, 0};
-        generate(m, cache, &first, 1, 60, &greedy, 1, NULL, NULL);
-        int *out = allocate(sizeof(int) * B * 60, path);
-        generate(m, cache, &first, 1, 60, &greedy, 1, NULL, out);
+        generate(m, cache, &first, 1, LENGTH, &greedy, 1, NULL, NULL);
+        generate(m, cache, &first, 1, LENGTH, &greedy, 1, NULL, out);
         memcpy(text[mode], out, sizeof text[mode]);
-        check(path, "sequences side by side do not mix", !memcmp(out, out + 60, 60 * sizeof(int)));
-        check(path, "greedy text is the same in every cache mode", !memcmp(text[0], text[mode], sizeof text[0]));
-        free(out);
+        check(what, "sequences side by side do not mix", !memcmp(out, out + LENGTH, sizeof text[0]));
+        check(what, "greedy text is the same in every cache mode",
+              !memcmp(text[0], text[mode], sizeof text[0]));
         cache_free(cache);
     }
-    free(tokens), free(full);
+    free(tokens), free(fed), free(full);
 }
 
 static void test_decoding_dump(const char *path) {
@@ -338,7 +370,7 @@ static void test_decoding_dump(const char *path) {
     c.m = model_create(&config, 0);
     read_dump(&c);
     model_reserve(c.m, 3, config.block_size, 0);
-    test_decoding(path, c.m, config.block_size);
+    test_decoding(path, c.m, config.block_size, 5);
     case_close(&c);
 }
 
@@ -354,7 +386,7 @@ static void test_references(void) {
             sprintf(files[n++], "dev/test/reference/%s", e->d_name);
         }
     if (folder) closedir(folder);
-    check("dev/test/reference", "holds a dump of every row of the attention table", n >= 13);
+    check("dev/test/reference", "holds a dump of every row of the attention table", n >= 16);
     qsort(files, n, sizeof *files, by_name);
     for (int i = 0; i < n; i++) {
         test_dump(files[i]);
@@ -399,20 +431,21 @@ static void finite_differences(const char *what, Model *m, const int *x, const i
 // With and without dropout; then heads wider than a panel of the matrix product.
 static void test_finite_differences(void) {
     int B = 2, T = 67, x[2 * 67], y[2 * 67];
-    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
-        char what[100];
-        Model *m = small_model(kinds[k].attention, kinds[k].position, kinds[k].norm, kinds[k].RQ, B, T);
+    for (int k = 0; k < N_KINDS; k++) {
+        char what[140];
+        Model *m = model_of_kind(&kinds[k], B, T);
         random_tokens(x, B * T, m->c.V), random_tokens(y, B * T, m->c.V);
         m->head_rows = 64, m->dropout_key = 99;
         for (int i = 0; i < 2; i++) {
             m->dropout = i ? 0.2f : 0;
-            snprintf(what, sizeof what, "finite differences: %s %s %s%s%s", attention_names[kinds[k].attention],
-                     position_names[kinds[k].position], norm_names[kinds[k].norm], kinds[k].RQ ? "" : " q_rank 0", i ? " dropout" : "");
+            snprintf(what, sizeof what, "finite differences: %s%s", kind_name(&kinds[k]),
+                     i ? " dropout" : "");
             finite_differences(what, m, x, y, B, T);
         }
         model_free(m);
     }
-    Model *wide = model_of_heads(2, 2 * NR + 4, MLA, DECOUPLED, LAYERNORM, -1, B, T);
+    Kind mla = {MLA, DECOUPLED, LAYERNORM, -1, -1, -1};
+    Model *wide = model_of_heads(2, 2 * NR + 4, &mla, B, T);
     random_tokens(x, B * T, wide->c.V), random_tokens(y, B * T, wide->c.V);
     finite_differences("finite differences: wide heads", wide, x, y, B, T);
     model_free(wide);
@@ -421,12 +454,11 @@ static void test_finite_differences(void) {
 
 // --- The rest of training
 
-static void test_long_decoding(void) {  // over several chunks of keys
-    static const int some[][2] = {{MHA, DECOUPLED}, {GQA, ROPE}, {MQA, LEARNED}, {MLA, LEARNED}, {MLA, DECOUPLED}};
+static void test_long_decoding(void) {  // of every kind, from one chunk of keys to the next
     int T = 2 * CHUNK + 29;
-    for (int k = 0; k < 5; k++) {
-        Model *m = small_model(some[k][0], some[k][1], LAYERNORM, -1, 3, T);
-        test_decoding(attention_names[some[k][0]], m, T);
+    for (int k = 0; k < N_KINDS; k++) {
+        Model *m = model_of_kind(&kinds[k], 3, T);
+        test_decoding(kind_name(&kinds[k]), m, T, 2 * CHUNK - 3);
         model_free(m);
     }
 }
@@ -434,18 +466,22 @@ static void test_long_decoding(void) {  // over several chunks of keys
 // Chunks whose scores differ by more than the exponent of a float holds: the last of three decides.
 static void test_unequal_chunks(void) {
     int keys = 3 * CHUNK;
-    Model *m = small_model(MHA, LEARNED, LAYERNORM, -1, 1, keys);
+    Model *m = small_model(MHA, LEARNED, 1, keys);
     Cache *cache = m->cache = cache_create(m, CACHE_FULL, 1, keys);
-    Heads a = cache_heads(m, 0);
+    Cached cached = cached_heads(m, 0);
+    Heads *a = &cached.heads;
     int NH = m->c.NH, HS = m->c.HS;
     real *q = allocate(2 * NH * HS * sizeof(real), "query and output"), *out = q + NH * HS;
     double worst = 0;
-    a.q = (View){q, NH * HS, HS};
+    a->q = (View){q, NH * HS, HS};
     for (int h = 0; h < NH; h++) {
-        element(a.q, 0, h)[0] = sqrt(HS);
-        for (int t = 0; t < keys; t++) *panel_place(element(a.k, 0, h), t, HS) = 200 * (t / CHUNK), element(a.v, t, h)[0] = t / CHUNK;
+        head_at(a->q, 0, h)[0] = sqrt(HS);
+        for (int t = 0; t < keys; t++) {
+            *panel_place(head_at(a->k, 0, h), t, HS) = 200 * (t / CHUNK);
+            head_at(a->v, t, h)[0] = t / CHUNK;
+        }
     }
-    attention_decode(m, &a, (View){out, NH * HS, HS}, 1, keys);
+    attention_query(m, &cached, (View){out, NH * HS, HS}, 1, keys);
     for (int h = 0; h < NH; h++) worst = worse(worst, fabs(out[h * HS] - 2));
     check_below("decoding", "chunks with scores 200 apart", worst, 1e-6);
     free(q);
@@ -456,7 +492,7 @@ static void test_unequal_chunks(void) {
 // Every token is what sample_token makes of the full pass's logits and its own random number.
 static void test_generation(void) {
     enum { B = 3, N = 20, PROMPT = 2 };
-    Model *m = small_model(MLA, DECOUPLED, LAYERNORM, -1, B, PROMPT + N);
+    Model *m = small_model(MLA, DECOUPLED, B, PROMPT + N);
     Cache *cache = cache_create(m, CACHE_ABSORBED, B, PROMPT + N);
     Sampling how = {1, 0};
     int V = m->c.V, prompt[PROMPT] = {3, 14}, out[B * N], text[PROMPT + N], same = 1;
@@ -475,6 +511,48 @@ static void test_generation(void) {
     free(logits);
     cache_free(cache);
     model_free(m);
+}
+
+// What shows that a kind is added whole, without a reference of its own.
+static void test_kinds(void) {
+    for (int attention = 0; attention < KINDS; attention++)
+        for (int position = 0; position < POSITIONS; position++) {
+            int listed = 0;
+            for (int k = 0; k < N_KINDS; k++)
+                listed += kinds[k].attention == attention && kinds[k].position == position;
+            check("kinds", "lists each kind with each of its positions, and no other",
+                  (listed > 0) == takes_position[attention][position]);
+        }
+    // Rotary kinds: if all positions lie SHIFT later, queries and keys are turned further, but their
+    // scores stay; a head of which only one of the two is turned gives others. A head of which
+    // neither is turned does not see in which order tokens came: what it makes of the last one stays
+    // when two others change places.
+    enum { B = 2, T = 40, N = B * T, SHIFT = 13 };
+    int x[N];
+    for (int k = 0; k < N_KINDS; k++) {
+        if (kinds[k].position == LEARNED) continue;
+        Model *m = model_of_kind(&kinds[k], B, T + SHIFT);
+        const Config *c = &m->c;
+        real *before = allocate(N * c->C * sizeof(real), "outputs"), heads[c->att_row];
+        real *last = m->acts[0].att + (T - 1) * c->att_row;  // of the first sequence, in layer 0
+        random_tokens(x, N, c->V);
+        forward(m, x, B, T, 1);
+        memcpy(before, m->x_final, N * c->C * sizeof(real));
+        memcpy(heads, last, sizeof heads);
+        m->past = SHIFT;
+        forward(m, x, B, T, 1);
+        check_below("all positions shifted", kind_name(&kinds[k]),
+                    relative_error(m->x_final, before, N * c->C), sizeof(real) == 4 ? 1e-4 : 1e-12);
+        m->past = 0;
+        int first = x[0];
+        x[0] = x[T - 2], x[T - 2] = first;
+        forward(m, x, B, T, 1);
+        for (int h = 0; h < c->NH; h++)
+            check("every head sees positions", kind_name(&kinds[k]),
+                  relative_error(last + h * c->HS, heads + h * c->HS, c->HS) > 1e-3);
+        free(before);
+        model_free(m);
+    }
 }
 
 static void test_all_decoding(void) {
@@ -516,13 +594,42 @@ static void test_encoding(void) {
     free(t.table);
 }
 
+static void test_printing(void) {  // what could upset a terminal stays out, characters stay whole
+    static const struct { const char *text, *printed; } texts[] = {
+        {"a\tb\n\x1b[1m\x7f\r", "a\tb\n[1m"}, {"caf\xc3\xa9 \xe2\x80\x9c", "caf\xc3\xa9 \xe2\x80\x9c"},
+        {"\xf0\x9f\x99\x82", "\xf0\x9f\x99\x82"}, {"\x9b" "1m\x80", "1m"},   // U+009B by itself,
+        {"\xc2\x9b" "1m\xc2\xa9", "\xc2" "1m\xc2\xa9"},                      // as UTF-8,
+        {"\xe0\x80\x9b" "1m", "\xe0" "1m"}, {"\xf0\x80\x80\x9b", "\xf0"},     // and in longer forms
+        {"\xe9t\xe9", "\xe9t\xe9"}, {"\xc3x\x9b", "\xc3x"}};
+    Tokenizer bytes = tokenizer_bytes();
+    int out = dup(1), wrong = 0;
+    char path[] = "/tmp/test_mla_XXXXXX";
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        Printer printer = {0};
+        fflush(stdout);
+        int file = mkstemp(path);
+        dup2(file, 1);
+        for (const char *c = texts[i].text; *c; c++) print_token(&bytes, (unsigned char)*c, &printer);
+        fflush(stdout);
+        dup2(out, 1), close(file);
+        size_t size;
+        unsigned char *printed = read_file(path, &size);
+        wrong += size != strlen(texts[i].printed) || memcmp(printed, texts[i].printed, size);
+        free(printed), remove(path);
+        strcpy(path, "/tmp/test_mla_XXXXXX");
+    }
+    check("printing", "leaves out control characters and nothing else", !wrong);
+    close(out);
+    tokenizer_free(&bytes);
+}
+
 static void test_accumulation(void) {  // two halves of a batch give the gradient of the whole
     int B = 4, T = 70, x[4 * 70], y[4 * 70];
-    Model *m = small_model(MLA, DECOUPLED, LAYERNORM, -1, B, T);
+    Model *m = small_model(MLA, DECOUPLED, B, T);
     random_tokens(x, B * T, m->c.V), random_tokens(y, B * T, m->c.V);
     double whole = forward_backward(m, x, y, B, T, 1), halves = 0;
-    real *g = allocate(m->block * sizeof(real), "gradients");
-    memcpy(g, m->grads, m->block * sizeof(real));
+    real *g = allocate(m->n_reals * sizeof(real), "gradients");
+    memcpy(g, m->grads, m->n_reals * sizeof(real));
     clear_gradients(m);
     for (int i = 0; i < 2; i++) halves += forward_backward(m, x + i * B / 2 * T, y + i * B / 2 * T, B / 2, T, 0.5) / 2;
     check_below("accumulation", "loss", fabs(halves / whole - 1), 20 * EPS);
@@ -547,10 +654,10 @@ static void test_threads(void) {
     int B = 4, T = 67, x[4 * 67], y[4 * 67], before = omp_get_max_threads();  // 268 rows: other ways through matmul on 1 thread and more
     char first[] = "/tmp/test_mla_a_XXXXXX", other[] = "/tmp/test_mla_b_XXXXXX";
     close(mkstemp(first)), close(mkstemp(other));
-    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++)
+    for (int k = 0; k < N_KINDS; k++)
         for (int i = 0; i < 5; i++) {
             omp_set_num_threads(threads[i]);
-            Model *m = small_model(kinds[k].attention, kinds[k].position, kinds[k].norm, kinds[k].RQ, B, T);
+            Model *m = model_of_kind(&kinds[k], B, T);
             m->dropout = 0.1f;
             AdamW adam = {0.9, 0.99, 1e-8, 0.1};
             random_tokens(x, B * T, m->c.V), random_tokens(y, B * T, m->c.V);
@@ -572,7 +679,7 @@ static void train_quietly(Model *m, const Options *o, const Data *d, const Token
     fflush(stdout);
     int out = dup(1), null = open("/dev/null", O_WRONLY);
     dup2(null, 1);
-    train(m, o, d, NULL, t, "", done);
+    train(m, o, d, NULL, t, NULL, "", done);
     fflush(stdout);
     dup2(out, 1), close(out), close(null);
     signal(SIGINT, SIG_DFL), signal(SIGTERM, SIG_DFL);
@@ -580,30 +687,29 @@ static void train_quietly(Model *m, const Options *o, const Data *d, const Token
 
 static void test_training(void) {  // the same bits as its parts by hand, from the start or from step 3 on; some steps are clipped
     enum { B = 2, T = 8, N = 200 };
-    Options o = {.order = RANDOM, .schedule = COSINE, .batch_size = B, .seq_len = T, .grad_accum = 3, .steps = 5, .warmup = 2, .seed = 3,
-                 .learning_rate = 1e-2, .min_lr = 1e-3, .grad_clip = 2, .adam = {0.9, 0.99, 1e-8, 0.1}};
-    Schedule schedule = {o.schedule, o.steps, o.warmup, o.learning_rate, o.min_lr};
+    Options o = {.order = RANDOM, .batch_size = B, .seq_len = T, .grad_accum = 3, .seed = 3,
+                 .schedule = {COSINE, 5, 2, 1e-2, 1e-3}, .grad_clip = 2, .adam = {0.9, 0.99, 1e-8, 0.1}};
     uint16_t tokens[N];
     int x[B * T], y[B * T];
     Data d = {.path = "test", .tokens = tokens, .n = N};
     Tokenizer bytes = tokenizer_bytes();
     Model *m[3];
     for (int i = 0; i < N; i++) tokens[i] = random_bits(10, i) % 180;
-    for (int i = 0; i < 3; i++) m[i] = small_model(MLA, DECOUPLED, LAYERNORM, -1, B, T), m[i]->dropout = 0.1f;
-    for (int step = 0; step < o.steps; step++) {
+    for (int i = 0; i < 3; i++) m[i] = small_model(MLA, DECOUPLED, B, T), m[i]->dropout = 0.1f;
+    for (int step = 0; step < o.schedule.steps; step++) {
         if (step == 3)
-            for (int part = 0; part < 3; part++) memcpy(part_of(m[2], part), part_of(m[0], part), m[0]->block * sizeof(real));
+            for (int set = 0; set < 3; set++) memcpy(set_of(m[2], set), set_of(m[0], set), m[0]->n_reals * sizeof(real));
         for (int index = 3 * step; index < 3 * step + 3; index++) {
             next_batch(&d, o.order, o.seed, index, x, y, B, T);
             m[0]->dropout_key = random_stream(o.seed, STREAM_DROPOUT, index);
             forward_backward(m[0], x, y, B, T, 1.0 / 3);
         }
-        adamw_update(m[0], &o.adam, learning_rate_at(&schedule, step), step + 1, clip_scale(gradient_norm(m[0]), o.grad_clip));
+        adamw_update(m[0], &o.adam, learning_rate_at(&o.schedule, step), step + 1, clip_scale(gradient_norm(m[0]), o.grad_clip));
     }
     train_quietly(m[1], &o, &d, &bytes, 0);
     train_quietly(m[2], &o, &d, &bytes, 3);
-    check("training", "is its parts in order", !memcmp(m[0]->params, m[1]->params, m[0]->block * sizeof(real)));
-    check("training", "goes on where it stopped", !memcmp(m[0]->params, m[2]->params, m[0]->block * sizeof(real)));
+    check("training", "is its parts in order", !memcmp(m[0]->params, m[1]->params, m[0]->n_reals * sizeof(real)));
+    check("training", "goes on where it stopped", !memcmp(m[0]->params, m[2]->params, m[0]->n_reals * sizeof(real)));
     for (int i = 0; i < 3; i++) model_free(m[i]);
     tokenizer_free(&bytes);
 }
@@ -638,7 +744,7 @@ static void test_evaluation(void) {  // each window by itself must give the same
     enum { N = 95, T = 10 };
     uint16_t tokens[N];
     Data d = {.tokens = tokens, .n = N};
-    Model *m = small_model(GQA, ROPE, LAYERNORM, -1, 4, T);
+    Model *m = small_model(GQA, ROPE, 4, T);
     Tokenizer bytes = tokenizer_bytes();
     for (int i = 0; i <= 256; i++) bytes.start[i] = 3 * i;  // as if every token stood for three bytes
     int x[N], y[N];
@@ -681,7 +787,7 @@ static void test_schedule(void) {
 
 static void test_randomness(void) {
     enum { N = 200000 };
-    Model *m = small_model(MHA, LEARNED, LAYERNORM, -1, 1, 8);
+    Model *m = small_model(MHA, LEARNED, 1, 8);
     double kept = 0, sum = 0, square = 0, same_place = 0, same_key = 0;
     m->dropout = 0.25f;
     for (int i = 0; i < N; i++) {
@@ -721,7 +827,7 @@ static void test_randomness(void) {
 }
 
 static void test_initialization_of(int attention, int position) {
-    Model *m = small_model(attention, position, LAYERNORM, -1, 1, 8);
+    Model *m = small_model(attention, position, 1, 8);
     model_init(m, 1);
     for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
         double wanted = t->init == ONES ? 1 : t->init == ZEROS ? 0 : t->init == RESIDUAL ? 0.02 / 2 : 0.02;
@@ -784,9 +890,9 @@ static void test_sampling(void) {
 static void test_checkpoints(void) {
     char a[] = "/tmp/test_mla_a_XXXXXX", b[] = "/tmp/test_mla_b_XXXXXX";
     close(mkstemp(a)), close(mkstemp(b));
-    for (size_t k = 0; k < sizeof kinds / sizeof *kinds; k++) {
-        Model *m = small_model(kinds[k].attention, kinds[k].position, kinds[k].norm, kinds[k].RQ, 1, 8);
-        for (size_t i = 0; i < m->block; i++) {  // floats, so that the double build loses nothing either
+    for (int k = 0; k < N_KINDS; k++) {
+        Model *m = model_of_kind(&kinds[k], 1, 8);
+        for (size_t i = 0; i < m->n_reals; i++) {  // floats, so that the double build loses nothing either
             m->params[i] = (float)m->params[i], m->adam_m[i] = (float)random_normal(1, i), m->adam_v[i] = (float)random_normal(2, i);
         }
         for (int with_state = 0; with_state < 2; with_state++) {
@@ -796,10 +902,12 @@ static void test_checkpoints(void) {
             Model *loaded = model_create(&c, 1);
             checkpoint_read_model(&file, loaded, with_state);
             check("checkpoint", "configuration comes back", !memcmp(&c, &m->c, sizeof c));
+            check("checkpoint", "names nope_dim only where it is set apart",
+                  !checkpoint_meta(&file, "nope_dim") == (kinds[k].NOPE == -1));
             int same = 1;
             for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++)
-                for (int part = 0; part < (with_state ? 3 : 1); part++)
-                    same &= !memcmp(part_of(m, part) + t->offset, part_of(loaded, part) + t->offset, t->size * sizeof(real));
+                for (int set = 0; set < (with_state ? 3 : 1); set++)
+                    same &= !memcmp(set_of(m, set) + t->offset, set_of(loaded, set) + t->offset, t->size * sizeof(real));
             check("checkpoint", "tensors come back bit for bit", same);
             if (with_state) {
                 real *v = allocate(m->tensors[WTE].size * sizeof(real), "adam_v");
@@ -818,20 +926,146 @@ static void test_checkpoints(void) {
 }
 
 static void test_config(void) {  // defaults; the experiments' cache sizes, floats per token in all layers
-    static const struct { int attention, position, L, C, kv_heads; long floats; } rows[] = {
-        {MHA, ROPE, 8, 512, 16, 8192}, {MLA, DECOUPLED, 8, 512, 16, 2856}, {MLA, LEARNED, 8, 512, 16, 2728}, {MQA, ROPE, 8, 512, 1, 512},
-        {MHA, LEARNED, 24, 1024, 16, 49152}, {MLA, LEARNED, 24, 1024, 16, 16368}, {MQA, LEARNED, 24, 1024, 1, 3072},
-        {MHA, DECOUPLED, 8, 512, 16, 6272}, {GQA, ROPE, 8, 512, 4, 2048}};
+    static const struct {
+        int attention, position, L, C, NKV, NOPE, kv_heads, full, latent;  // -1: default; none
+    } rows[] = {
+        {MHA, ROPE, 8, 512, -1, -1, 16, 8192, -1}, {MLA, DECOUPLED, 8, 512, -1, -1, 16, 6272, 2856},
+        {MLA, LEARNED, 8, 512, -1, -1, 16, 8192, 2728}, {MQA, ROPE, 8, 512, -1, -1, 1, 512, -1},
+        {MHA, LEARNED, 24, 1024, -1, -1, 16, 49152, -1},
+        {MLA, LEARNED, 24, 1024, -1, -1, 16, 49152, 16368},
+        {MQA, LEARNED, 24, 1024, -1, -1, 1, 3072, -1}, {MHA, DECOUPLED, 8, 512, -1, -1, 16, 6272, -1},
+        {GQA, ROPE, 8, 512, -1, -1, 4, 2048, -1}, {MLA, DECOUPLED, 8, 512, 4, -1, 4, 1664, 2856},
+        {MLA, DECOUPLED, 8, 512, -1, 32, 16, 8320, 2856}};
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
-        Config c = {.attention = rows[i].attention, .position = rows[i].position, .latent_norm = LAYERNORM, .L = rows[i].L,
-                    .NH = 16, .NKV = -1, .C = rows[i].C, .block_size = 1024, .V = 256, .RQ = -1, .R = -1, .RD = -1};
+        Config c = {.attention = rows[i].attention, .position = rows[i].position,
+                    .latent_norm = LAYERNORM, .L = rows[i].L, .NH = 16, .NKV = rows[i].NKV,
+                    .C = rows[i].C, .block_size = 1024, .V = 256, .RQ = -1, .R = -1, .RD = -1,
+                    .NOPE = rows[i].NOPE};
         config_complete(&c, 1, "test");
-        check("cache floats per token", attention_names[rows[i].attention], cache_floats(&c, cache_mode(&c)) == rows[i].floats);
-        check("default cache", attention_names[rows[i].attention], cache_mode(&c) == (c.attention == MLA ? CACHE_ABSORBED : CACHE_FULL));
-        check("default kv-heads", attention_names[rows[i].attention], c.NKV == rows[i].kv_heads);
-        check("default q-rank", attention_names[rows[i].attention], c.RQ == (c.attention == MLA ? c.C / 2 : 0));
+        int latent = rows[i].latent != -1;
+        const char *name = attention_names[c.attention];
+        check("cache floats per token", name, cache_floats(&c, CACHE_FULL) == rows[i].full);
+        for (int mode = CACHE_LATENT; latent && mode <= CACHE_ABSORBED; mode++)
+            check("cache floats per token", name, cache_floats(&c, mode) == rows[i].latent);
+        check("default cache", name, cache_mode(&c) == (latent ? CACHE_ABSORBED : CACHE_FULL));
+        check("default kv-heads", name, c.NKV == rows[i].kv_heads);
+        check("default q-rank", name, c.RQ == (latent ? c.C / 2 : 0));
     }
 }
+
+// Calls that must not be: each stops with one line, which begins like this. test_mla runs itself.
+static const char *const misuses[] = {
+    "matmul: called within a parallel region, expected outside",
+    "matmul: strides 2, 3 and 1, 8: expected one of each two to be 1",
+    "decode: 2 tokens for a cache that holds 3, expected 1",
+    "decode: 4 tokens after 0, expected at most the cache's 3",
+    "a cache of 9 tokens: the model's block size is 8",
+    "a gradient of 2000 sums over tokens: expected at most 192, twice the widest bias",
+};
+
+static void misuse(int which) {
+    enum { LENGTH = 8 };
+    Model *m = small_model(MLA, DECOUPLED, 1, LENGTH);
+    real x[64] = {0};
+    int tokens[LENGTH] = {0};
+    Cache *cache = cache_create(m, CACHE_ABSORBED, 1, which == 3 ? 3 : LENGTH);
+    if (which == 0) {
+        #pragma omp parallel num_threads(2)
+        matmul(x, 8, rows_of(x, 8), transposed(x, 8), 8, 8, 8, NULL, 0);
+    }
+    if (which == 1) matmul(x, 8, (Mat){x, 2, 3}, transposed(x, 8), 2, 2, 2, NULL, 0);
+    if (which == 2) decode(m, cache, tokens, 3), decode(m, cache, tokens, 2);
+    if (which == 3) decode(m, cache, tokens, 4);
+    if (which == 4) cache_create(m, CACHE_FULL, 1, LENGTH + 1);
+    if (which == 5) norm_backward(m, NULL, NULL, NULL, NULL, NULL, 0, NULL, 1, 1000, NONE);
+}
+
+static const char *program;  // how this one was called
+
+static void test_misuse(void) {
+    if (sizeof(real) == sizeof(double)) return;
+    for (int i = 0; i < (int)(sizeof misuses / sizeof *misuses); i++) {
+        char command[4096], line[512] = "";
+        #ifndef _OPENMP
+        if (i == 0) continue;  // there is one thread only
+        #endif
+        snprintf(command, sizeof command, "$RUN '%s' --misuse %d 2>&1", program, i);
+        FILE *pipe = popen(command, "r");
+        while (pipe && fgets(line, sizeof line, pipe) && strncmp(line, "train_gpt2_mla: ", 16)) {}
+        int status = pipe ? pclose(pipe) : -1;
+        check("misuse", misuses[i], WIFEXITED(status) && WEXITSTATUS(status) == 1 &&
+              !strncmp(line + 16, misuses[i], strlen(misuses[i])));
+    }
+    #ifdef __SANITIZE_ADDRESS__
+    Model *m = small_model(MLA, DECOUPLED, 1, 8);
+    check("arena", "has a gap after a piece that may not be touched",
+          __asan_address_is_poisoned(m->norm + 8 * m->c.C) && !__asan_address_is_poisoned(m->latent));
+    model_free(m);
+    #endif
+}
+
+// --- The plain twin
+
+#ifdef REAL_DOUBLE
+#include "doc/mla.c"
+
+// The program's parameters, or gradients, in the order of the twin's struct: copied from `from` if
+// there is one, else compared with `to`. Returns how many there are.
+static size_t twin_parameters(real *const *w, const Model *m, const double *from, const double *to) {
+    static const int ids[] = {QA_W, QA_NORM_W, QA_NORM_B, QB_W, KVA_W, KVA_NORM_W, KVA_NORM_B, KVB_W,
+                              APROJ_W, APROJ_B};
+    size_t at = 0;
+    for (int i = 0; i < 10; i++) {
+        const Tensor *t = m->tensors;
+        while (t->id != ids[i]) t++;
+        if (from) memcpy(w[t->id], from + at, t->size * sizeof(double));
+        else check_below("twin: gradient", t->name, relative_error(w[t->id], to + at, t->size), 1e-10);
+        at += t->size;
+    }
+    return at;
+}
+
+// doc/mla.c's layer and the program's, with the same parameters: outputs, gradients, decoding.
+static void test_twin(void) {
+    static Parameters w, g;
+    static Activations a;
+    static double x[T][C], out[T][C], d_out[T][C], dx[T][C];
+    Config c = {.attention = MLA, .position = DECOUPLED, .latent_norm = LAYERNORM, .L = 1, .NH = NH,
+                .NKV = NH, .C = C, .block_size = T, .V = 2, .RQ = RQ, .R = R, .RD = RD, .NOPE = NOPE};
+    size_t n = sizeof w / sizeof(double);
+    config_complete(&c, 1, "test");
+    Model *m = model_create(&c, 1);
+    model_reserve(m, 1, T, 1);
+    for (size_t i = 0; i < n; i++) ((double *)&w)[i] = random_normal(21, i) / 2;
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < C; i++)
+            x[t][i] = random_normal(22, t * C + i), d_out[t][i] = random_normal(23, t * C + i);
+    check("twin", "has the program's parameters",
+          twin_parameters(m->w[0], m, (double *)&w, NULL) == n);
+
+    layer_forward(&w, x, &a);
+    memcpy(m->norm, x, sizeof x);
+    attention_block_forward(m, 0, m->acts, 1, T);
+    check_below("twin", "outputs", relative_error(m->proj, a.out[0], T * C), 1e-10);
+    layer_backward(&w, x, &a, d_out, &g, dx);
+    attention_block_backward(m, 0, m->acts, d_out[0], 1, T);
+    check_below("twin", "dx", relative_error(m->d_norm, dx[0], T * C), 1e-10);
+    twin_parameters(m->g[0], m, NULL, (double *)&g);
+    layer_decode(&w, x, out);
+    for (int mode = CACHE_FULL; mode <= CACHE_ABSORBED; mode++) {
+        m->cache = cache_create(m, mode, 1, T);
+        for (m->past = 0; m->past < T; m->past = ++m->cache->used) {
+            memcpy(m->norm, x[m->past], sizeof x[0]);
+            attention_block_forward(m, 0, m->acts, 1, 1);
+            check_below("twin: decoded", cache_names[mode],
+                        relative_error(m->proj, out[m->past], C), 1e-10);
+        }
+        cache_free(m->cache);
+        m->cache = NULL, m->past = 0;
+    }
+    model_free(m);
+}
+#endif
 
 // Runs tests that are a program of their own and adds their counts to ours.
 static void run_also(const char *command) {
@@ -851,12 +1085,16 @@ int main(int argc, char **argv) {
 #ifdef REAL_DOUBLE
         {"finite differences", test_finite_differences},
 #endif
-        {"decoding", test_all_decoding}, {"encoding", test_encoding}, {"gradient accumulation", test_accumulation},
+        {"kinds", test_kinds}, {"decoding", test_all_decoding}, {"encoding", test_encoding}, {"printing", test_printing}, {"gradient accumulation", test_accumulation},
         {"threads", test_threads}, {"batches", test_batches}, {"training", test_training}, {"evaluation", test_evaluation}, {"schedule", test_schedule},
         {"randomness", test_randomness}, {"initialization", test_initialization}, {"sampling", test_sampling}, {"checkpoints", test_checkpoints},
-        {"configurations", test_config},
+        {"configurations", test_config}, {"misuse", test_misuse},
+#ifdef REAL_DOUBLE
+        {"plain twin", test_twin},
+#endif
     };
-    (void)argc;
+    if (argc == 3 && !strcmp(argv[1], "--misuse")) return misuse(atoi(argv[2])), 0;
+    program = argv[0];
     if (access("dev/test/reference", R_OK)) fail(1, "dev/test/reference: not found; run the tests in the repository's top folder");
     if (sizeof(real) == sizeof(float)) {
         run_also("sh dev/test/bad_input.sh");

@@ -12,14 +12,16 @@ trap 'rm -rf "$work"' EXIT
 cd "$work" || exit 1
 passed=0 failed=0
 
-row() {  # $under: a command to start the program with, for some rows
+# A row. $under: a command to start the program with, for some; $begun: the run had begun and may have printed, else
+# nothing stands on standard output before a line that refuses something.
+row() {
     status=$1 line=$2; shift 2
     $under $RUN "$program" "$@" </dev/null >out 2>err
     found=$? said=$(grep -v '^==.*AddressSanitizer failed to allocate' err)  # as it says besides
     case $line in *'N MB'* | *'N bytes'*)  # numbers that depend on what tensors there are
         said=$(echo "$said" | sed -E 's/[0-9.]+ (MB|bytes)/N \1/g; s/(expected|of) [0-9]+(:|$)/\1 N\2/');;
     esac
-    if [ $found = "$status" ] && [ "$said" = "train_gpt2_mla: $line" ]; then passed=$((passed + 1)); return; fi
+    if [ $found = "$status" ] && [ "$said" = "train_gpt2_mla: $line" ] && [ -n "$begun" -o ! -s out ]; then passed=$((passed + 1)); return; fi
     failed=$((failed + 1))
     printf 'FAILED bad input: %s\n  expected %s: train_gpt2_mla: %s\n  found    %s: %s\n' "$*" "$status" "$line" $found "$said"
 }
@@ -94,13 +96,18 @@ row 2 '--resume: expected --save FILE, the run to go on with, and no --load' --r
 
 row 2 'options: heads 3 does not divide channels 128' --heads 3 --train-data text
 row 2 'options: kv-heads 3 does not divide heads 4' --attention gqa --heads 4 --kv-heads 3 --train-data text
-row 2 'options: kv-heads 2: mha has 4 (gqa lets you choose)' --attention mha --kv-heads 2 --train-data text
-row 2 'options: kv-heads 2: mqa has 1 (gqa lets you choose)' --attention mqa --kv-heads 2 --train-data text
+row 2 'options: kv-heads 2: mha has 4 (gqa and mla let you choose)' --attention mha --kv-heads 2 --train-data text
+row 2 'options: kv-heads 2: mqa has 1 (gqa and mla let you choose)' --attention mqa --kv-heads 2 --train-data text
 row 2 'options: position rope does not go with attention mla (expected learned or decoupled)' --attention mla --position rope --train-data text
 row 2 'options: position decoupled does not go with attention gqa (expected learned or rope)' --attention gqa --position decoupled --train-data text
-row 2 'options: rope-dim 5: expected an even number from 2 to less than the head size, 32' --rope-dim 5 --train-data text
-row 2 'options: rope-dim 32: expected an even number from 2 to less than the head size, 32' --rope-dim 32 --train-data text
+row 2 'options: rope-dim 5: expected an even number of at least 2' --rope-dim 5 --train-data text
+row 2 'options: rope-dim 32: expected less than the head size, 32' --rope-dim 32 --train-data text
 row 2 'options: head size 3 (channels / heads): position rope turns pairs, expected an even one' --attention mha --position rope --channels 6 --heads 2 --train-data text
+row 2 'options: kv-heads 3 does not divide heads 4' --attention mla --kv-heads 3 --train-data text
+row 2 'options: nope-dim 8: goes with attention mla and position decoupled only' --attention mha --position decoupled --nope-dim 8 --train-data text
+row 2 'options: nope-dim 8: goes with attention mla and position decoupled only' --position learned --nope-dim 8 --train-data text
+row 2 'options: rope-dim 5: expected an even number of at least 2' --nope-dim 8 --rope-dim 5 --train-data text
+row 2 'options: queries of 1024 heads x 65552 numbers, expected at most 16777216 together' --heads 1024 --channels 4096 --nope-dim 65536 --rope-dim 16 --train-data text
 row 2 'options: rope-dim 4: position learned needs 0' --position learned --rope-dim 4 --train-data text
 row 2 "--kv-rank: '0', expected a whole number from 1 to 65536" --kv-rank 0
 row 2 'options: kv-rank 129: expected 1 to channels, 128' --kv-rank 129 --train-data text
@@ -123,7 +130,7 @@ row 1 'one: 1 tokens, expected at least 2' $tiny --train-data one
 printf 'a\000b' >binary
 row 1 'binary: neither tokens (first number 6422625, expected 20240520) nor text (a zero byte at offset 1)' $tiny --train-data binary
 int32 20240520 1 >short
-row 1 'short: 8 bytes, expected a header of 1024: the file is cut short' $tiny --train-data short
+row 1 'short: 8 bytes, expected a header of 1024: cut short' $tiny --train-data short
 header 20240520 2 4 >version
 row 1 'version: token file version 2, expected 1' $tiny --train-data version
 header 20240520 1 -4 >negative
@@ -141,10 +148,10 @@ row 1 'missing: cannot open: No such file or directory' $tiny --train-data text 
 # Tokenizers
 
 row 1 'missing: cannot open: No such file or directory' $tiny --train-data text --tokenizer missing
-row 1 'empty: 0 bytes, expected a tokenizer, whose header alone has 1024' $tiny --train-data text --tokenizer empty
-row 1 'text: 43 bytes, expected a tokenizer, whose header alone has 1024' $tiny --train-data text --tokenizer text
+row 1 "empty: 0 bytes, a tokenizer's header alone has 1024" $tiny --train-data text --tokenizer empty
+row 1 "text: 43 bytes, a tokenizer's header alone has 1024" $tiny --train-data text --tokenizer text
 int32 20240328 2 >tok.short
-row 1 'tok.short: 8 bytes, expected a tokenizer, whose header alone has 1024' $tiny --train-data text --tokenizer tok.short
+row 1 "tok.short: 8 bytes, a tokenizer's header alone has 1024" $tiny --train-data text --tokenizer tok.short
 header 20240328 3 2 0 >tok.version
 row 1 'tok.version: tokenizer version 3, expected 1 or 2' $tiny --train-data text --tokenizer tok.version
 header 20240328 2 0 0 >tok.none
@@ -154,12 +161,14 @@ row 1 'tok.many: vocabulary of 70000, expected 1 to 65536' $tiny --train-data te
 header 20240328 2 2 2 >tok.eot
 row 1 'tok.eot: end-of-text token 2, expected less than 2' $tiny --train-data text --tokenizer tok.eot
 { header 20240328 2 2 0; printf '\001a\005b'; } >tok.cut
-row 1 'tok.cut: ends within token 1, expected 2 tokens: the file is cut short' $tiny --train-data text --tokenizer tok.cut
+row 1 'tok.cut: ends within token 1, expected 2 tokens: cut short' $tiny --train-data text --tokenizer tok.cut
 { header 20240328 2 2 0; printf '\001a\001bc'; } >tok.long
 row 1 'tok.long: 1 bytes after its last token' $tiny --train-data text --tokenizer tok.long
 { header 20240328 2 2 0; printf '\001a\001b'; } >tok
 row 1 "text: token 117, expected less than the model's vocabulary, 2: made with another tokenizer?" $tiny --train-data text --tokenizer tok
+begun=1
 row 2 '--prompt: byte 99 at place 2 is not in the vocabulary' --load model --generate 2 --tokenizer tok --prompt abc
+begun=
 $RUN "$program" $tiny --steps 0 --vocab-size 2 --save two >out
 row 2 "--generate: expected --tokenizer FILE, the model's vocabulary is 2" --load two --generate 2
 row 1 "text: token 117, expected less than the model's vocabulary, 2: made with another tokenizer?" --load two --eval --val-data text --tokenizer tok
@@ -201,8 +210,16 @@ checkpoint model 's/"n_layer":"1"/"n_layer":"0"/' >layers.0
 row 1 'layers.0: layers, heads, channels, block_size and vocab_size must be at least 1' --load layers.0 --train-data text
 checkpoint model 's/"n_layer":"1"/"n_layer":"1000000"/' >layers.many
 row 1 'layers.many: 1000000 layers, 8 channels and a vocabulary of 256, more than its data holds' --load layers.many --train-data text
-checkpoint model 's/"n_embd":"8"/"n_embd":"32"/;s/"vocab_size":"256"/"vocab_size":"2"/' >wide
+checkpoint model 's/"n_embd":"8"/"n_embd":"32"/;s/"vocab_size":"256"/"vocab_size":"2"/;s/"rope_dim":"4"/"rope_dim":"16"/' >wide
 row 1 'wide: 1 layers, 32 channels and a vocabulary of 2, more than its data holds' --load wide --train-data text
+$RUN "$program" --layers 1 --heads 2 --channels 8 --seq-len 8 --vocab-size 9 --nope-dim 6 --steps 0 --save nope >out || exit 1
+checkpoint nope 's/"nope_dim":"6"/"nope_dim":"0"/' >nope.0
+row 1 'nope.0: nope-dim 0: expected at least 1' --load nope.0 --train-data text
+checkpoint nope 's/"nope_dim":"6"/"nope_dim":"65000"/' >nope.wide
+row 1 'nope.wide: 1 layers, 8 channels and a vocabulary of 9, more than its data holds' --load nope.wide --train-data text
+checkpoint nope 's/"nope_dim":"6"/"nope_dim":"5"/' >nope.5
+row 1 'nope.5: h.0.attn.q_b_proj.weight has 2 dimensions, 16 by 4; expected (14, 4)' --load nope.5 --train-data text
+row 2 '--nope-dim 2: nope has 6' --load nope --nope-dim 2 --train-data text
 checkpoint model 's/"attention":"mha"/"attention":"flash"/' >kind
 row 1 'kind: attention is flash, which this program does not know' --load kind --train-data text
 checkpoint model 's/"dtype":"F32"/"dtype":"BF16"/' >bf16
@@ -249,6 +266,7 @@ row 1 "model: a model without a run's state, nothing to resume (--load starts fr
 row 2 'run: its run had batch 2 x 1 x 8; this one has batch 3 x 1 x 8 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 3 --steps 2
 row 2 'run: its run had steps 2; this one has steps 9 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 2 --steps 9
 row 2 'run: its run had dropout 0; this one has dropout 0.5 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 2 --steps 2 --dropout 0.5
+row 2 'run: its run had lr 0.004 to 0.0004; this one has lr 0.004000001 to 0.0004000001 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 2 --steps 2 --learning-rate 0.004000001
 $RUN "$program" $tiny --resume --save run --train-data text --batch-size 2 --steps 2 --sample-every 0 >out
 holds "a finished run: says so" grep -qx 'run: all its 2 steps are done already' out
 cat text text >text2
@@ -261,7 +279,9 @@ row 1 'no.moments: has no tensor adam.v.wte.weight, which its configuration need
 # Generating
 
 row 2 '--cache absorbed: attention mha has no latent, expected --cache full' --load model --generate 2 --cache absorbed
+begun=1
 row 2 "--prompt: 9 tokens, expected at most the model's block size, 8" --load model --generate 2 --prompt 'nine char'
+begun=
 
 # Writing
 
@@ -348,11 +368,11 @@ if unshare -rm mount -t tmpfs -o size=40k disk full 2>out; then
 mount -t tmpfs -o size=$1 disk full; shift
 cp model full/model; "$@"; status=$?; cmp model full/model >&2; exit $status
 END
-    under='unshare -rm sh little_disk 40k'
+    begun=1 under='unshare -rm sh little_disk 40k'
     row 1 'full/model: not written: No space left on device (a file of that name is as it was)' $tiny --train-data text --steps 1 --sample-every 0 --save full/model
     under='unshare -rm sh little_disk 16k'
     row 1 'full/log.csv: cannot write: No space left on device' $tiny --train-data text --steps 1 --sample-every 0 --log full/log.csv
-    under=
+    begun= under=
 else echo "bad input: not run: full disk (no right to mount one here)"; fi
 
 locked=locked; mkdir locked; chmod 555 locked
