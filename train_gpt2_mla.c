@@ -63,8 +63,7 @@ decoding is right in every cache. A kind that is added half does not pass.
 #include <time.h>
 #include <unistd.h>
 
-_Static_assert(sizeof(long) == 8 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__,
-               "64 bits, little-endian");
+_Static_assert(sizeof(long) == 8 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "64 bits, little");
 #ifdef _OPENMP
 #include <omp.h>
 #else  // without OpenMP the same code runs on one thread
@@ -288,15 +287,14 @@ static void config_complete(Config *c, int status, const char *where) {
              where, position, kind, takes_position[c->attention][ROPE] ? "rope" : "decoupled");
     int split = c->position == DECOUPLED;  // a head into a part that is rotated and one that is not
     if (c->position == ROPE && c->HS % 2)
-        fail(status, "%s: head size %d (channels / heads): position rope turns pairs, "
-             "expected an even one", where, c->HS);
+        fail(status, "%s: head size %d: position rope turns pairs, expected an even one", where,
+             c->HS);
     int rd = split ? -1 : c->position == ROPE ? c->HS : 0;
     if (c->RD == -1) c->RD = rd != -1 ? rd : max_int(2, c->HS / 4 * 2);  // even
     if (rd != -1 && c->RD != rd)
         fail(status, "%s: rope-dim %d: position %s needs %d", where, c->RD, position, rd);
     if (c->NOPE != -1 && !(split && has_latent(c)))
-        fail(status, "%s: nope-dim %d: goes with attention mla and position decoupled only", where,
-             c->NOPE);
+        fail(status, "%s: nope-dim %d: goes with mla decoupled only", where, c->NOPE);
     if (split && c->NOPE == -1 && c->RD >= c->HS)
         fail(status, "%s: rope-dim %d: expected less than the head size, %d", where, c->RD, c->HS);
     if (split && (c->RD % 2 || c->RD < 2))
@@ -697,8 +695,8 @@ static inline real dropout_scale(const Model *m, uint64_t where, long i) {
 }
 
 // y = x + dropout(branch), n numbers: the residual connection (1)
-static void residual_forward(const Model *m, real *y, const real *x, const real *branch, long n,
-                             int where) {
+static void residual_forward(const Model *m, real *y, const real *x, const real *branch,
+                             long n, int where) {
     if (!m->dropping) {
         #pragma omp parallel for simd schedule(static, range_of_thread(n)) if (parallel : n > SMALL)
         for (long i = 0; i < n; i++) y[i] = x[i] + branch[i];
@@ -977,8 +975,8 @@ static void qkv_forward(Model *m, int l, Acts *acts, int N) {
 
 static void qkv_backward(Model *m, int l, int N) {
     real **w = m->w[l], **g = m->g[l];
-    linear_backward(m, m->d_norm, 0, g[ATTN_W], g[ATTN_B], m->d.qkv, m->norm, w[ATTN_W], N, m->c.C,
-                    m->c.qkv_row);
+    int C = m->c.C, row = m->c.qkv_row;
+    linear_backward(m, m->d_norm, 0, g[ATTN_W], g[ATTN_B], m->d.qkv, m->norm, w[ATTN_W], N, C, row);
 }
 
 // --- MLA: queries and keys/values each pass through a narrow latent
@@ -1015,11 +1013,10 @@ static void mla_up_project(Model *m, int l, Acts *acts, int N) {
 static void mla_backward(Model *m, int l, const Acts *acts, int N) {
     const Config *c = &m->c;
     real **w = m->w[l], **g = m->g[l];
-    int C = c->C, R = c->R, RQ = c->RQ, kv_a = c->kv_a_row;
+    int C = c->C, R = c->R, RQ = c->RQ, q = c->q_row, kv = c->kv_row, kv_a = c->kv_a_row;
     mla_latents(m, l, acts, N);
     // [k_nope; v] was W_UKV c:  dW_UKV += [dk_nope; dv]' c (23a),  dc = [dk_nope; dv] W_UKV (23b)
-    linear_backward(m, m->d_latent, 0, g[KVB_W], NULL, m->d.kv, m->latent, w[KVB_W], N, R,
-                    c->kv_row);
+    linear_backward(m, m->d_latent, 0, g[KVB_W], NULL, m->d.kv, m->latent, w[KVB_W], N, R, kv);
     // c was norm(W_DKV x):  through the norm to the latent's columns of d.kv_a (23c)
     for (long t = 0; t < N; t++) memset(m->d.kv_a + t * kv_a, 0, R * sizeof(real));
     norm_backward(m, m->d.kv_a, g[KVA_NORM_W], g[KVA_NORM_B], m->d_latent, acts->kv_a, kv_a,
@@ -1028,14 +1025,13 @@ static void mla_backward(Model *m, int l, const Acts *acts, int N) {
     linear_backward(m, m->d_norm, 0, g[KVA_W], NULL, m->d.kv_a, m->norm, w[KVA_W], N, C, kv_a);
     // Queries the same way; their dx is added.
     if (RQ) {
-        linear_backward(m, m->d_q_latent, 0, g[QB_W], NULL, m->d.q, m->q_latent, w[QB_W], N, RQ,
-                        c->q_row);
+        linear_backward(m, m->d_q_latent, 0, g[QB_W], NULL, m->d.q, m->q_latent, w[QB_W], N, RQ, q);
         memset(m->d.q_a, 0, (size_t)N * RQ * sizeof(real));
         norm_backward(m, m->d.q_a, g[QA_NORM_W], g[QA_NORM_B], m->d_q_latent, acts->q_a, RQ,
                       w[QA_NORM_W], N, RQ, c->latent_norm);
         linear_backward(m, m->d_norm, 1, g[QA_W], NULL, m->d.q_a, m->norm, w[QA_W], N, C, RQ);
     } else
-        linear_backward(m, m->d_norm, 1, g[Q_W], NULL, m->d.q, m->norm, w[Q_W], N, C, c->q_row);
+        linear_backward(m, m->d_norm, 1, g[Q_W], NULL, m->d.q, m->norm, w[Q_W], N, C, q);
 }
 
 // --- What every kind shares: proj = c_proj(attention(norm))
@@ -1286,8 +1282,8 @@ static double head_loss(Model *m, const int *targets, int N, double d_loss) {
         }
         for (int r = 0; r < rows; r++) total += m->row_loss[r];
         if (d_loss == 0) continue;
-        linear_backward(m, m->d_norm + (long)r0 * C, 0, g[WTE], NULL, m->logits, x, w[WTE], rows, C,
-                        V);
+        real *dx = m->d_norm + (long)r0 * C;
+        linear_backward(m, dx, 0, g[WTE], NULL, m->logits, x, w[WTE], rows, C, V);
     }
     if (d_loss != 0) {
         memset(m->d.x, 0, (size_t)N * C * sizeof(real));

@@ -102,10 +102,10 @@ row 2 'options: position rope does not go with attention mla (expected learned o
 row 2 'options: position decoupled does not go with attention gqa (expected learned or rope)' --attention gqa --position decoupled --train-data text
 row 2 'options: rope-dim 5: expected an even number of at least 2' --rope-dim 5 --train-data text
 row 2 'options: rope-dim 32: expected less than the head size, 32' --rope-dim 32 --train-data text
-row 2 'options: head size 3 (channels / heads): position rope turns pairs, expected an even one' --attention mha --position rope --channels 6 --heads 2 --train-data text
+row 2 'options: head size 3: position rope turns pairs, expected an even one' --attention mha --position rope --channels 6 --heads 2 --train-data text
 row 2 'options: kv-heads 3 does not divide heads 4' --attention mla --kv-heads 3 --train-data text
-row 2 'options: nope-dim 8: goes with attention mla and position decoupled only' --attention mha --position decoupled --nope-dim 8 --train-data text
-row 2 'options: nope-dim 8: goes with attention mla and position decoupled only' --position learned --nope-dim 8 --train-data text
+row 2 'options: nope-dim 8: goes with mla decoupled only' --attention mha --position decoupled --nope-dim 8 --train-data text
+row 2 'options: nope-dim 8: goes with mla decoupled only' --position learned --nope-dim 8 --train-data text
 row 2 'options: rope-dim 5: expected an even number of at least 2' --nope-dim 8 --rope-dim 5 --train-data text
 row 2 'options: queries of 1024 heads x 65552 numbers, expected at most 16777216 together' --heads 1024 --channels 4096 --nope-dim 65536 --rope-dim 16 --train-data text
 row 2 'options: rope-dim 4: position learned needs 0' --position learned --rope-dim 4 --train-data text
