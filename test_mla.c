@@ -960,6 +960,7 @@ static const char *const misuses[] = {
     "decode: 2 tokens for a cache that holds 3, expected 1",
     "decode: 4 tokens after 0, expected at most the cache's 3",
     "a cache of 9 tokens: the model's block size is 8",
+    "a pass over 1 x 8 tokens: model_reserve was asked for 12 in sequences of 6",
     "a gradient of 2000 sums over tokens: expected at most 192, twice the widest bias",
 };
 
@@ -977,7 +978,8 @@ static void misuse(int which) {
     if (which == 2) decode(m, cache, tokens, 3), decode(m, cache, tokens, 2);
     if (which == 3) decode(m, cache, tokens, 4);
     if (which == 4) cache_create(m, CACHE_FULL, 1, LENGTH + 1);
-    if (which == 5) norm_backward(m, NULL, NULL, NULL, NULL, NULL, 0, NULL, 1, 1000, NONE);
+    if (which == 5) model_reserve(m, 2, 6, 1), forward(m, tokens, 1, LENGTH, 1);
+    if (which == 6) norm_backward(m, NULL, NULL, NULL, NULL, NULL, 0, NULL, 1, 1000, NONE);
 }
 
 static const char *program;  // how this one was called

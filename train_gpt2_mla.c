@@ -6,7 +6,9 @@ HOW TO READ THIS FILE
 Part I from top to bottom; it is complete: forward, backward and optimizer of every kind of
 attention. Every backward stands under its forward and names the derivative that it implements.
 Numbers such as (14) are equations of the writeup, doc/writeup.md, which derives what is only
-used here. What Part I needs of the other two is declared in chapter 1, each with what it promises.
+used here: read its sections 2 to 6 with chapters 3 and 4, 7 to 9 with chapter 5. What Part I needs
+of the other two is declared in chapter 1, each with what it promises; at a first reading skip that
+and config_complete.
 
     PART I    THE MODEL AND HOW IT LEARNS
         1  Ground           numbers, errors, memory, randomness; what the other parts offer
@@ -22,19 +24,21 @@ used here. What Part I needs of the other two is declared in chapter 1, each wit
        10  One query        attention to a cache; absorption, where MLA becomes MQA
        11  Generation       sampling, one token after the other
     PART III  MACHINERY
-       12  Matrix product   where nearly all time goes: packed panels and a register tile
-       13  Data             token files, text files, tokenizers, batches
-       14  Checkpoints      safetensors, written and read
-       15  Command line     logs, signals, options, and main
+       12  Memory           where tensors and activations lie
+       13  Matrix product   where nearly all time goes: packed panels and a register tile
+       14  Data             token files, text files, tokenizers, batches
+       15  Checkpoints      safetensors, written and read
+       16  Command line     logs, signals, options, and main
 
 NOTATION (the writeup uses the same)
     B  sequences in a batch      T  tokens in a sequence    N = B*T  tokens in a batch
     L  layers                    C  channels                V  vocabulary size
     NH query heads               NKV key/value heads        HS = C/NH  head size: width of a value
     R  kv_rank                   RQ q_rank                  RD rope_dim
-    A query or key is QK = NOPE + rope numbers wide. rope = RD is the rotary part that position
-    `decoupled` splits off; with the others rope = 0 and NOPE = HS (`rope` turns the whole head in
-    place, where it travels as the NOPE part). NOPE = HS - RD if decoupled, unless --nope-dim says.
+    A query or key is QK = NOPE + rope numbers wide. Position `decoupled` splits rope = RD numbers
+    off, which are rotated; NOPE = HS - RD are not, unless --nope-dim says how many. The other
+    positions split nothing off: rope = 0, NOPE = HS. (Position `rope` turns the whole head before
+    it comes to the attention core, whatever NOPE's name says.)
 Arrays are row-major; a comment such as (N, C) gives the shape. Weights are (out, in), as in
 PyTorch. The gradient of the loss with respect to x is called dx.
 
@@ -96,16 +100,16 @@ static int max_int(int a, int b) { return a > b ? a : b; }
 // Memory of `bytes`, zeroed, aligned to a cache line; `what` names it should there be too little.
 static void *allocate(size_t bytes, const char *what);
 
-// An arena hands out consecutive pieces of one allocation, each from a cache line on. A layout
-// function that takes its pieces is run twice: with no base it only counts, then it places.
+// An arena hands out consecutive pieces of one allocation. A layout function that takes its pieces
+// is run twice: with no base it only counts, then it places.
 typedef struct {
     real *base;
     size_t used;  // in reals
     int overlap;  // its pieces lie over each other on purpose
 } Arena;
 
-static void arena_allocate(Arena *arena, const char *what);  // what was counted; then places
 static real *take(Arena *arena, size_t n);                   // the next piece, n numbers
+static void arena_allocate(Arena *arena, const char *what);  // as many as were counted
 
 // Randomness without state: number i of stream `key` is a hash of the two (the finalizer of
 // SplitMix64: Steele, Lea and Flood 2014). So every random number has an address: dropout is
@@ -148,7 +152,7 @@ typedef struct Options Options;
 typedef struct Step Step;
 typedef struct Evaluation Evaluation;
 
-// Chapter 12. A matrix by its strides: element (i, j) is p[i*row + j*col], one of row and col
+// Chapter 13. A matrix by its strides: element (i, j) is p[i*row + j*col], one of row and col
 // being 1. Swapping the two transposes.
 typedef struct {
     const real *p;
@@ -200,7 +204,7 @@ static real largest(const real *x, int n);
 // x = e^(scale (x - max)), and their sum: the numerators and the denominator of a softmax.
 static real exp_row(real *x, int n, real scale, real max);
 
-// Chapter 13. Tokens, and what they stand for.
+// Chapter 14. Tokens, and what they stand for.
 typedef struct {
     const char *path;
     uint16_t *tokens;
@@ -214,7 +218,7 @@ static int token_bytes(const Tokenizer *t, int token);
 static void next_batch(const Data *d, int order, uint64_t seed, long index,
                        int *x, int *y, int B, int T);
 
-// Chapters 14 and 15, for the training loop. What a run reports and leaves behind:
+// Chapters 15 and 16, for the training loop. What a run reports and leaves behind:
 static double seconds(void);
 static void print_step(const Step *s, const Options *o, double eta, int stays);  // stays in place
 static void print_evaluation(const Evaluation *e);
@@ -253,12 +257,14 @@ typedef struct {
     int attention, position, latent_norm;
     int L, NH, NKV, C, block_size, V;  // block_size: the longest sequence
     int RQ, R, RD, NOPE;               // ranks of the latents; parts of a query
-    // Derived. Widths of a value, of the shared rotary key, of a query:
+    // Derived: widths of a value, of the shared rotary key, of a query
     int HS, rope, QK;
-    // and per token of: all queries; keys and values of all key/value heads; these with the rotary
-    // key, as c_attn makes them (0 with a latent); the latent with the rotary key (0 without); the
-    // heads' outputs.
-    int q_row, kv_row, qkv_row, kv_a_row, att_row;
+    // and, in numbers per token,
+    int q_row;     // NH*QK  all queries
+    int kv_row;    // NKV*(NOPE+HS)  keys and values of all key/value heads
+    int qkv_row;   // q_row + kv_row + rope  what c_attn makes; 0 with a latent
+    int kv_a_row;  // R+rope  the latent and the rotary key; 0 without a latent
+    int att_row;   // NH*HS  the heads' outputs
 } Config;
 
 // [ATTENTION 1] Whether keys and values are made of a latent, which a decoder may keep instead.
@@ -334,6 +340,7 @@ static void config_complete(Config *c, int status, const char *where) {
 // one dimension (cols 0) is a bias or a norm weight and is not decayed; one with rows 0 does
 // not exist in this configuration; "%d" in a name stands for the layer. Add a tensor here and
 // to the enum, and it is allocated, initialized, trained, saved, loaded and tested.
+// In DeepSeek's names of MLA's tensors a is the way down, to a latent, and b the way up.
 enum {  // [ATTENTION 1]
     WTE, WPE,
     LN1_W, LN1_B,
@@ -402,7 +409,8 @@ typedef struct {
 typedef real *Layer[TENSORS];
 
 // [ATTENTION 1] What the forward of one block leaves for its backward. The backward uses the same
-// struct, m->d, for their gradients, of all but x_mid and lse.
+// struct, m->d, for their gradients, of all but x_mid and lse; where a vector was turned in place, its
+// gradient ends as that of the vector before.
 struct Acts {
     real *x;           // (N, C) the block's input: the residual stream
     real *qkv;         // (N, qkv_row) mha, gqa, mqa: q and k rotated if position is rope
@@ -426,7 +434,7 @@ struct Model {
     void *memory;                             // what all of these are cut from
     // Activations, for at most max_N tokens.
     int max_N, head_rows;
-    void *act_memory;
+    void *act_memory;              // what these are cut from
     Acts *acts;                    // L of them when training, else one that all layers share
     real *x_final;                 // (N, C) the residual stream after the last block
     real *norm;                    // (N, C) output of the norm at hand
@@ -449,67 +457,6 @@ struct Model {
     Cache *cache;                  // what is kept of them
 };
 
-static void place_params(Model *m, Arena *arena, int training) {
-    m->params = take(arena, m->n_reals);
-    if (training) {
-        m->grads = take(arena, m->n_reals);
-        m->adam_m = take(arena, m->n_reals);
-        m->adam_v = take(arena, m->n_reals);
-    }
-    m->rope_cos = take(arena, (size_t)m->c.block_size * m->c.RD / 2);
-    m->rope_sin = take(arena, (size_t)m->c.block_size * m->c.RD / 2);
-}
-
-// Lists the tensors, in the order of the table, layer by layer.
-static void list_tensors(Model *m) {
-    Spec spec[TENSORS];
-    Arena counter = {0};
-    describe_tensors(&m->c, spec);
-    m->tensors = allocate(sizeof(Tensor) * TENSORS * m->c.L, "tensor list");
-    for (int l = 0; l < m->c.L; l++)
-        for (int id = 0; id < TENSORS; id++) {
-            int per_layer = strchr(spec[id].name, '%') != NULL;
-            if (!spec[id].rows || (l > 0 && !per_layer)) continue;
-            Tensor *t = &m->tensors[m->n_tensors++];
-            snprintf(t->name, sizeof t->name, spec[id].name, l);
-            t->id = id, t->layer = per_layer ? l : -1;
-            t->rows = spec[id].rows, t->cols = spec[id].cols, t->init = spec[id].init;
-            t->size = (size_t)t->rows * (t->cols ? t->cols : 1);
-            t->offset = counter.used;
-            take(&counter, t->size);
-            m->n_params += t->size;
-            if (!t->cols) m->partial_row = max_int(m->partial_row, 2 * t->rows);
-        }
-    m->n_reals = counter.used;
-}
-
-// Builds a model of all zeros: lists the tensors, allocates, points every layer at its own.
-static Model *model_create(const Config *c, int training) {
-    Model *m = allocate(sizeof *m, "model");
-    m->c = *c;
-    list_tensors(m);
-    Arena arena = {0};
-    place_params(m, &arena, training);
-    arena_allocate(&arena, "parameters and optimizer");
-    place_params(m, &arena, training);
-    m->memory = arena.base;
-
-    m->w = allocate(sizeof(Layer) * c->L, "layer list");
-    m->g = allocate(sizeof(Layer) * c->L, "layer list");
-    for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++)
-        for (int l = max_int(t->layer, 0); l < (t->layer == -1 ? c->L : t->layer + 1); l++) {
-            m->w[l][t->id] = m->params + t->offset;
-            m->g[l][t->id] = training ? m->grads + t->offset : NULL;
-        }
-    for (int t = 0; t < c->block_size; t++)  // (17)
-        for (int i = 0; i < c->RD / 2; i++) {
-            double angle = t * pow(10000.0, -2.0 * i / c->RD);
-            m->rope_cos[(long)t * (c->RD / 2) + i] = cos(angle);
-            m->rope_sin[(long)t * (c->RD / 2) + i] = sin(angle);
-        }
-    return m;
-}
-
 // Normal numbers of standard deviation 0.02, in residual projections smaller by sqrt(2L); norm
 // weights one, biases zero (30).
 static void model_init(Model *m, uint64_t seed) {
@@ -525,9 +472,13 @@ static void model_init(Model *m, uint64_t seed) {
 }
 
 // ==== 3  LAYERS =================================================================================
-// Backwards ADD to the gradients of parameters, so that micro-batches accumulate. Where a sum over
-// tokens is no matrix product (biases, norm weights), the tokens are cut into PIECES fixed pieces
-// whose sums are then added in order: the result does not depend on the number of threads.
+// Backwards ADD to the gradients of parameters, so that micro-batches accumulate. Of activations:
+// linear_backward overwrites dx unless told to add; norm_backward always adds, so its target holds
+// the residual stream's gradient, or is zeroed first; attention_backward overwrites; gelu_backward
+// and rotate work in place.
+// Where a sum over tokens is no matrix product (biases, norm weights), the tokens are cut into
+// PIECES fixed pieces whose sums are then added in order: the result does not depend on the number
+// of threads.
 
 enum { PIECES = 32 };
 // A loop over fewer numbers runs on one thread, since waking others takes longer.
@@ -674,8 +625,8 @@ static void gelu_forward(real *y, const real *x, long n) {
 }
 
 // y was x s(2u), so dx = dy (s + x s (1 - s) (2u)') (7), over dy in place. Overwrites x with y,
-// which was not kept and which the gradient of c_proj's weight needs: one product more, as s is
-// at hand.
+// which was not kept and which the gradient of the MLP's c_proj needs: x s costs one multiplication,
+// as s is at hand.
 static void gelu_backward(real *dy, real *x, long n) {
     #pragma omp parallel for simd schedule(static, range_of_thread(n)) if (parallel : n > SMALL)
     for (long i = 0; i < n; i++) {
@@ -706,8 +657,8 @@ static void residual_forward(const Model *m, real *y, const real *x, const real 
     }
 }
 
-// y was x + dropout(branch): the branch's gradient is dropout(dy), x's is dy itself. Without
-// dropout, so is the branch's, and no copy is made.
+// y was x + dropout(branch): the branch's gradient is dropout(dy), x's is dy itself (1a). Without
+// dropout so is the branch's, and what is returned IS dy: to be used before anything is added to dy.
 static const real *residual_backward(const Model *m, real *d_branch, const real *dy, long n,
                                      int where) {
     if (!m->dropping) return dy;
@@ -726,6 +677,17 @@ typedef struct {
 } View;
 
 static real *head_at(View x, long t, int h) { return x.p + t * x.token + h * x.head; }
+
+// cos and sin (block_size, RD/2) of the angles t theta^(-2i/RD), theta = 10000 (17)
+static void rope_table(Model *m) {
+    int half = m->c.RD / 2;
+    for (int t = 0; t < m->c.block_size; t++)
+        for (int i = 0; i < half; i++) {
+            double angle = t * pow(10000.0, -2.0 * i / m->c.RD);
+            m->rope_cos[(long)t * half + i] = cos(angle);
+            m->rope_sin[(long)t * half + i] = sin(angle);
+        }
+}
 
 // Turns the pair (a, b) = (i, i + RD/2) of every head by the angle t theta^(-2i/RD), t the token's
 // position (17):  a -> a cos - b sin,  b -> b cos + a sin.  The backward is the turn by the
@@ -752,9 +714,10 @@ static void rotate(const Model *m, View x, int heads, int N, int T, int sign) {
 // One core serves every kind. A query head is [q_nope; q_rope], of which the second may be empty;
 // query head h reads key/value head h / (NH/NKV) (16); the rotary part of the keys is one for all
 // heads. In this chapter q_i and k_j are the joined vectors, QK numbers wide:
-//     s_ij   = q_i . k_j = q_nope_i . k_nope_j + q_rope_i . k_rope_j,  j <= i       (11)
-//     p_ij   = e^(s_ij / sqrt(QK) - lse_i),  lse_i = log sum_j e^(s_ij / sqrt(QK))  (12)
-//     out_i  = sum_j p_ij v_j                                                       (13)
+//     score_ij = s_ij / sqrt(QK),  s_ij = q_i . k_j = q_nope_i . k_nope_j + q_rope_i . k_rope_j,
+//                                                                        j <= i       (11)
+//     p_ij   = e^(score_ij - lse_i),  lse_i = log sum_j e^score_ij                    (12)
+//     out_i  = sum_j p_ij v_j                                                         (13)
 // MHA, GQA, MQA and MLA differ only in where these views point.
 //
 // The T x T matrix of probabilities is never kept. The core works on a strip at a time, STRIP
@@ -775,46 +738,33 @@ static Mat tokens_of(View x, long t, int h) { return rows_of(head_at(x, t, h), x
 
 static real score_scale(const Config *c) { return 1 / (real)sqrt(c->QK); }  // (11)
 
-// Where a thread works. Widths: key = nope + rope, value.
+// Where a thread works. QK = nope + rope, HS = value.
 typedef struct {
     real *s, *ds;       // (STRIP, row) scores, then what softmax makes of them; their gradient
     long row;           // at least T in whole vectors, and no multiple of 32, so that a column
                         //     spreads over all of a cache
-    real *keys, *dk;    // (T, key) each key's two parts joined; their gradient
-    real *kt, *vt;      // k' (key, T), v' (value, T), these and the next in panels
-    real *k, *v;        // (T, key), (T, value)
-    real *q, *d_out;    // (STRIP, key), (STRIP, value)
+    real *keys, *dk;    // (T, QK) each key's two parts joined; their gradient
+    // All others are in panels.
+    real *kt, *vt;      // k' (QK, T), v' (HS, T)
+    real *k, *v;        // (T, QK), (T, HS)
+    real *q, *d_out;    // (STRIP, QK), (STRIP, HS)
 } Room;
 
 static size_t whole_panels(int n) { return (n + NR - 1) / NR * NR; }
 
-static Room place_room(Arena *arena, int key, int value, int T) {
-    size_t t = whole_panels(T);
-    Room r = {.row = t / 32 * 32 + 48};
-    r.s = take(arena, STRIP * r.row), r.ds = take(arena, STRIP * r.row);
-    r.keys = take(arena, T * key), r.dk = take(arena, T * key);
-    r.kt = take(arena, key * t), r.vt = take(arena, value * t);
-    r.k = take(arena, T * whole_panels(key)), r.v = take(arena, T * whole_panels(value));
-    r.q = take(arena, STRIP * whole_panels(key));
-    r.d_out = take(arena, STRIP * whole_panels(value));
-    return r;
-}
-
-static Room room_of_thread(const Model *m, const Heads *a, int T) {
-    Arena arena = {.base = m->rooms + omp_get_thread_num() * m->room_size};
-    return place_room(&arena, a->nope + a->rope, a->value, T);
-}
+// That of the calling thread, for sequences of T tokens (chapter 12).
+static Room room_of_thread(const Model *m, const Heads *a, int T);
 
 // The keys of T tokens, each [k_nope; k_rope] as queries are, into r->keys, and their transpose
 // into r->kt.
 static void join_keys(Room *r, const Heads *a, long first, int g, int T) {
-    int key = a->nope + a->rope;
+    int QK = a->nope + a->rope;
     for (int t = 0; t < T; t++) {
-        real *k = r->keys + t * key;
+        real *k = r->keys + t * QK;
         memcpy(k, head_at(a->k, first + t, g), a->nope * sizeof(real));
         memcpy(k + a->nope, head_at(a->k_rope, first + t, g), a->rope * sizeof(real));
     }
-    pack_panels(r->kt, transposed(r->keys, key), key, T);
+    pack_panels(r->kt, transposed(r->keys, QK), QK, T);
 }
 
 // n, rounded up to whole vectors: a loop's last few numbers, one by one, would take longer than a
@@ -825,28 +775,28 @@ static int whole_vectors(int n) { return (n + VW - 1) / VW * VW; }
 // values up to `packed` lie in r.
 static void forward_strip(const Model *m, const Heads *a, const Room *r, View out, real *lse,
                           long first, int h, int i0, int rows, int packed) {
-    int key = a->nope + a->rope, value = a->value, keys = i0 + rows;
+    int QK = a->nope + a->rope, HS = a->value, keys = i0 + rows;
     real scale = score_scale(&m->c), sums[STRIP];
     Mat q = tokens_of(a->q, first + i0, h);
     real *o = head_at(out, first + i0, h);
     // s = q k' (11)
-    multiply_panels(r->s, r->row, q, r->kt, key, rows, keys, key, NULL, 0);
+    multiply_panels(r->s, r->row, q, r->kt, QK, rows, keys, QK, NULL, 0);
     for (int i = 0; i < rows; i++) {
         int seen = i0 + i + 1, whole = whole_vectors(seen);  // keys 0 .. i0+i
         real *si = r->s + i * r->row;
-        for (int j = seen; j < whole; j++) si[j] = -INFINITY;  // e^-60, nothing beside e^0
+        for (int j = seen; j < whole; j++) si[j] = -INFINITY;  // exp_row makes e^-60 of it
         real max = largest(si, whole);
         sums[i] = exp_row(si, whole, scale, max);  // p, not yet divided by its sum (12)
         for (int j = seen; j < keys; j++) si[j] = 0;
         lse[(first + i0 + i) * a->heads + h] = scale * max + (real)log(sums[i]);
     }
     // out = p v (13)
-    multiply_panels(o, out.token, rows_of(r->s, r->row), r->v, packed, rows, value, keys, NULL, 0);
+    multiply_panels(o, out.token, rows_of(r->s, r->row), r->v, packed, rows, HS, keys, NULL, 0);
     for (int i = 0; i < rows; i++)
-        for (int e = 0; e < value; e++) o[i * out.token + e] *= 1 / sums[i];
+        for (int e = 0; e < HS; e++) o[i * out.token + e] *= 1 / sums[i];
 }
 
-// out (N, NH, value), lse (N, NH): B sequences of T tokens each
+// out (N, NH, HS), lse (N, NH): B sequences of T tokens each
 static void attention_forward(const Model *m, const Heads *a, View out, real *lse, int B, int T) {
     #pragma omp parallel for collapse(3) schedule(dynamic)
     for (int b = 0; b < B; b++)
@@ -870,20 +820,20 @@ static void attention_forward(const Model *m, const Heads *a, View out, real *ls
 static void backward_strip(const Model *m, const Heads *a, const Heads *d, const Room *r, View out,
                            View d_out, const real *lse, long first, int h, int g, int i0, int rows,
                            int T) {
-    int key = a->nope + a->rope, value = a->value, keys = i0 + rows;
+    int QK = a->nope + a->rope, HS = a->value, keys = i0 + rows;
     real scale = score_scale(&m->c);
     long q0 = first + i0;
     Mat q = tokens_of(a->q, q0, h), d_o = tokens_of(d_out, q0, h);
     // s = q k' (11); dp = d_out v', in the place of ds
-    multiply_panels(r->s, r->row, q, r->kt, key, rows, keys, key, NULL, 0);
-    multiply_panels(r->ds, r->row, d_o, r->vt, value, rows, keys, value, NULL, 0);
+    multiply_panels(r->s, r->row, q, r->kt, QK, rows, keys, QK, NULL, 0);
+    multiply_panels(r->ds, r->row, d_o, r->vt, HS, rows, keys, HS, NULL, 0);
     for (int i = 0; i < rows; i++) {
         real *si = r->s + i * r->row, *dsi = r->ds + i * r->row, D = 0;
         const real *oi = head_at(out, q0 + i, h), *d_oi = head_at(d_out, q0 + i, h);
         real li = lse[(q0 + i) * a->heads + h];
         int seen = i0 + i + 1;
         #pragma omp simd reduction(+:D)
-        for (int e = 0; e < value; e++) D += oi[e] * d_oi[e];
+        for (int e = 0; e < HS; e++) D += oi[e] * d_oi[e];
         #pragma omp simd
         for (int j = 0; j < whole_vectors(seen); j++) {
             si[j] = fast_exp(scale * si[j] - li);         // p (12)
@@ -891,38 +841,38 @@ static void backward_strip(const Model *m, const Heads *a, const Heads *d, const
         }
         for (int j = seen; j < keys; j++) si[j] = dsi[j] = 0;
     }
-    pack_panels(r->q, q, rows, key);
-    pack_panels(r->d_out, d_o, rows, value);
+    pack_panels(r->q, q, rows, QK);
+    pack_panels(r->d_out, d_o, rows, HS);
     Mat pt = transposed(r->s, r->row), ds = rows_of(r->ds, r->row), dst = transposed(r->ds, r->row);
     real *dv = head_at(d->v, first, g), *dq = head_at(d->q, q0, h);
     // dv += p' d_out;  dq = ds k;  dk += ds' q
-    multiply_panels(dv, d->v.token, pt, r->d_out, rows, keys, value, rows, dv, d->v.token);
-    multiply_panels(dq, d->q.token, ds, r->k, T, rows, key, keys, NULL, 0);
-    multiply_panels(r->dk, key, dst, r->q, rows, keys, key, rows, r->dk, key);
+    multiply_panels(dv, d->v.token, pt, r->d_out, rows, keys, HS, rows, dv, d->v.token);
+    multiply_panels(dq, d->q.token, ds, r->k, T, rows, QK, keys, NULL, 0);
+    multiply_panels(r->dk, QK, dst, r->q, rows, keys, QK, rows, r->dk, QK);
 }
 
 // d holds views of the gradients, which are overwritten. A thread owns a key/value head with all
 // its query heads, so d->k_rope has a row per key/value head: (N, NKV, rope).
 static void attention_backward(const Model *m, const Heads *a, const Heads *d, View out, View d_out,
                                const real *lse, int B, int T) {
-    int group = a->heads / a->kv_heads, key = a->nope + a->rope, value = a->value;
+    int group = a->heads / a->kv_heads, QK = a->nope + a->rope, HS = a->value;
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int g = 0; g < a->kv_heads; g++) {
             long first = (long)b * T;
             Room r = room_of_thread(m, a, T);
             join_keys(&r, a, first, g, T);
-            pack_panels(r.k, rows_of(r.keys, key), T, key);
-            pack_panels(r.vt, transposed(head_at(a->v, first, g), a->v.token), value, T);
-            memset(r.dk, 0, sizeof(real) * T * key);
+            pack_panels(r.k, rows_of(r.keys, QK), T, QK);
+            pack_panels(r.vt, transposed(head_at(a->v, first, g), a->v.token), HS, T);
+            memset(r.dk, 0, sizeof(real) * T * QK);
             for (int t = 0; t < T; t++)
-                memset(head_at(d->v, first + t, g), 0, value * sizeof(real));
+                memset(head_at(d->v, first + t, g), 0, HS * sizeof(real));
             for (int h = g * group; h < (g + 1) * group; h++)
                 for (int i0 = 0; i0 < T; i0 += STRIP)
                     backward_strip(m, a, d, &r, out, d_out, lse, first, h, g, i0,
                                    min_int(STRIP, T - i0), T);
             for (int t = 0; t < T; t++) {  // dk's two parts, each to its place
-                const real *dk = r.dk + t * key;
+                const real *dk = r.dk + t * QK;
                 memcpy(head_at(d->k, first + t, g), dk, a->nope * sizeof(real));
                 memcpy(head_at(d->k_rope, first + t, g), dk + a->nope, a->rope * sizeof(real));
             }
@@ -934,6 +884,8 @@ static void attention_backward(const Model *m, const Heads *a, const Heads *d, V
 // A projection makes q, k and v from the normed residual stream, m->norm (N, C), says where they
 // lie (heads_of), and carries their gradients back to d_norm and its weights. With a latent it has
 // two steps, since a decoder may keep the latent: `project`, and `up_project` from latent to k, v.
+// In this chapter's formulas x is that normed stream and dx is d_norm; c is the latent. A bar (c_)
+// marks what is not yet normed or turned, as in the writeup.
 
 // [ATTENTION 2] Where queries, keys and values lie in `acts`, or their gradients in m->d.
 static Heads heads_of(const Model *m, const Acts *acts) {
@@ -955,7 +907,8 @@ static Heads heads_of(const Model *m, const Acts *acts) {
     return a;
 }
 
-// [ATTENTION 2] Turns queries and keys to their positions, or (sign -1) their gradients back.
+// [ATTENTION 2] Turns queries and keys to their positions (17, 19), or (sign -1) their gradients
+// back (18). Keys that are yet to be made of a latent are never turned: position rope has no latent.
 static void rope_heads(const Model *m, const Heads *a, int N, int T, int sign) {
     if (m->c.position == ROPE) {  // the whole of every head
         rotate(m, a->q, a->heads, N, T, sign);
@@ -966,7 +919,7 @@ static void rope_heads(const Model *m, const Heads *a, int N, int T, int sign) {
     }
 }
 
-// --- MHA, GQA, MQA: one matrix makes all, [q; k; k_rope; v] = W x + b (15, 16)
+// --- MHA, GQA, MQA: one matrix makes all, [q_; k_; k_rope_; v] = W x + b (15)
 
 static void qkv_forward(Model *m, int l, Acts *acts, int N) {
     const Config *c = &m->c;
@@ -992,7 +945,8 @@ static void mla_latents(Model *m, int l, const Acts *acts, int N) {
                      c->latent_norm);
 }
 
-// [c; k_rope] = [norm(W_DKV x); W_KR x] (20, 23), q = W_UQ norm(W_DQ x) (22), or W_Q x
+// [c_; k_rope_] = [W_DKV; W_KR] x, side by side in kv_a, c = norm(c_) (20, 23); q_ = W_UQ norm(W_DQ x)
+// (22), or W_Q x
 static void mla_forward(Model *m, int l, Acts *acts, int N) {
     const Config *c = &m->c;
     real **w = m->w[l];
@@ -1008,30 +962,33 @@ static void mla_up_project(Model *m, int l, Acts *acts, int N) {
     linear_forward(acts->kv, m->latent, m->w[l][KVB_W], NULL, N, m->c.R, m->c.kv_row);
 }
 
-// The forward's lines in reverse, each a linear layer or a norm. d.kv holds [dk_nope; dv], d.q the
-// queries' gradient turned back, and the rotary columns of d.kv_a the rotary key's (23d).
+// Called at the end of attention_block_backward. By then d.kv holds [dk_nope; dv], d.q the gradient
+// of q_, and the last columns of d.kv_a that of k_rope_ (23d). The latents are made again; then keys
+// and values go from the last step of the forward to the first, and the queries likewise.
 static void mla_backward(Model *m, int l, const Acts *acts, int N) {
     const Config *c = &m->c;
     real **w = m->w[l], **g = m->g[l];
-    int C = c->C, R = c->R, RQ = c->RQ, q = c->q_row, kv = c->kv_row, kv_a = c->kv_a_row;
+    int C = c->C, R = c->R, RQ = c->RQ, q_row = c->q_row, kv_row = c->kv_row, kv_a = c->kv_a_row;
     mla_latents(m, l, acts, N);
     // [k_nope; v] was W_UKV c:  dW_UKV += [dk_nope; dv]' c (23a),  dc = [dk_nope; dv] W_UKV (23b)
-    linear_backward(m, m->d_latent, 0, g[KVB_W], NULL, m->d.kv, m->latent, w[KVB_W], N, R, kv);
-    // c was norm(W_DKV x):  through the norm to the latent's columns of d.kv_a (23c)
+    linear_backward(m, m->d_latent, 0, g[KVB_W], NULL, m->d.kv, m->latent, w[KVB_W], N, R, kv_row);
+    // c was norm(c_):  dc_ through the norm, to the first columns of d.kv_a, which it adds to (23c)
     for (long t = 0; t < N; t++) memset(m->d.kv_a + t * kv_a, 0, R * sizeof(real));
     norm_backward(m, m->d.kv_a, g[KVA_NORM_W], g[KVA_NORM_B], m->d_latent, acts->kv_a, kv_a,
                   w[KVA_NORM_W], N, R, c->latent_norm);
-    // dW_DKV and dW_KR (23e), one tensor; dx = d.kv_a [W_DKV; W_KR] (23f)
+    // [c_; k_rope_] was [W_DKV; W_KR] x:  dW_DKV and dW_KR (23e), one tensor; the first two terms of
+    // dx (23f)
     linear_backward(m, m->d_norm, 0, g[KVA_W], NULL, m->d.kv_a, m->norm, w[KVA_W], N, C, kv_a);
-    // Queries the same way; their dx is added.
+    // q_ was W_UQ norm(W_DQ x): the same steps; the third term of dx is added.
     if (RQ) {
-        linear_backward(m, m->d_q_latent, 0, g[QB_W], NULL, m->d.q, m->q_latent, w[QB_W], N, RQ, q);
+        linear_backward(m, m->d_q_latent, 0, g[QB_W], NULL, m->d.q, m->q_latent, w[QB_W], N, RQ,
+                        q_row);
         memset(m->d.q_a, 0, (size_t)N * RQ * sizeof(real));
         norm_backward(m, m->d.q_a, g[QA_NORM_W], g[QA_NORM_B], m->d_q_latent, acts->q_a, RQ,
                       w[QA_NORM_W], N, RQ, c->latent_norm);
         linear_backward(m, m->d_norm, 1, g[QA_W], NULL, m->d.q_a, m->norm, w[QA_W], N, C, RQ);
     } else
-        linear_backward(m, m->d_norm, 1, g[Q_W], NULL, m->d.q, m->norm, w[Q_W], N, C, q);
+        linear_backward(m, m->d_norm, 1, g[Q_W], NULL, m->d.q, m->norm, w[Q_W], N, C, q_row);
 }
 
 // --- What every kind shares: proj = c_proj(attention(norm))
@@ -1065,7 +1022,14 @@ static void attention_block_forward(Model *m, int l, Acts *acts, int B, int T) {
     linear_forward(m->proj, acts->att, m->w[l][APROJ_W], m->w[l][APROJ_B], N, c->att_row, c->C);
 }
 
-// From d_proj (N, C) to d_norm.
+// THE WAY OF A GRADIENT, from d_proj (N, C) to d_norm:
+//     through c_proj (8)                     to d.att (N, NH*HS)
+//     attention_backward (14)                to d.q, to dk and dv: [dk_nope; dv] of all heads in d.kv
+//                                            (without a latent all in d.qkv), and by head to
+//                                            d_k_rope (N, NKV, rope)
+//     the sum over heads, turned back (23d)  to the last columns of d.kv_a
+//     project_backward (23a to 23f, or 8)    to d_norm
+// It finds its places as the forward does: `d` are views of m->d as `a` are of acts.
 static void attention_block_backward(Model *m, int l, Acts *acts, const real *d_proj,
                                      int B, int T) {
     const Config *c = &m->c;
@@ -1076,102 +1040,20 @@ static void attention_block_backward(Model *m, int l, Acts *acts, const real *d_
 
     Heads a = heads_of(m, acts), d = heads_of(m, &m->d), d_by_head = d;
     View out = {acts->att, row, c->HS}, d_out = {m->d.att, row, c->HS};
-    d_by_head.k_rope = (View){m->d_k_rope, c->NKV * rope, rope};
+    d_by_head.k_rope = (View){m->d_k_rope, c->NKV * rope, rope};  // the one difference from d
     attention_backward(m, &a, &d_by_head, out, d_out, acts->lse, B, T);
     #pragma omp parallel for
     for (int t = 0; t < N; t++)  // the rotary key is one for all heads: its gradient is their sum
         for (int i = 0; i < rope; i++) {
             real sum = 0;
-            for (int kv = 0; kv < c->NKV; kv++) sum += head_at(d_by_head.k_rope, t, kv)[i];
+            for (int h = 0; h < c->NKV; h++) sum += head_at(d_by_head.k_rope, t, h)[i];
             head_at(d.k_rope, t, 0)[i] = sum;
         }
-    rope_heads(m, &d, N, T, -1);  // the sum turned back, as good as each head's turned back (23d)
+    rope_heads(m, &d, N, T, -1);  // turning the sum back is turning each head's back (23d)
     project_backward(m, l, acts, N);
 }
 
 // ==== 6  THE NETWORK ============================================================================
-// WHERE ACTIVATIONS LIVE, and when (=: holds what the name says). Per layer x, qkv ... att, lse,
-// x_mid and fc stay from the layer's forward to its backward. The rest is one room for all layers:
-//
-//               forward                        | backward
-//               attention           MLP        | MLP                      attention
-//   fc          .                   = fc       | = fc  then gelu(fc)      .
-//   room of     .                   = gelu     | = d.fc                   = d.qkv, d.q_a ... d.att
-//     d.fc and the gradients of attention: they never live together, nor with gelu's output
-//   norm        = LN x              = LN x_mid | = LN x_mid, made again   = LN x, made again
-//   proj        = attention's       = MLP's    | = their gradients under dropout; else d.x serves
-//   d.x         .                              | = dy  then d x_mid       = d x_mid  then d x
-//   d_norm      .                              | = d LN x_mid             = d LN x
-
-// [ATTENTION 1]
-static void place_acts(Model *m, Arena *arena, int T, int training) {
-    const Config *c = &m->c;
-    size_t N = m->max_N, C = c->C;
-    int layers = training ? c->L : 1;
-    for (int l = 0; l < layers + training; l++) {
-        Acts *a = l < layers ? &m->acts[l] : &m->d;  // the gradients' set comes last
-        a->x = take(arena, N * C);
-        size_t attention = arena->used;
-        arena->overlap = l == layers;
-        a->qkv = take(arena, N * c->qkv_row);
-        a->q_a = take(arena, N * c->RQ);
-        a->q = take(arena, has_latent(c) ? N * c->q_row : 0);
-        a->kv_a = take(arena, N * c->kv_a_row);
-        a->kv = take(arena, has_latent(c) ? N * c->kv_row : 0);
-        a->att = take(arena, N * c->att_row);
-        size_t end = arena->used;  // what your attention keeps belongs above this line
-        if (l == layers) arena->used = attention;  // the shared room of the drawing
-        a->fc = take(arena, N * 4 * C);
-        if (arena->used < end) arena->used = end;
-        arena->overlap = 0;
-        if (l == layers) break;
-        a->lse = take(arena, N * c->NH);
-        a->x_mid = take(arena, N * C);
-    }
-    m->x_final = take(arena, N * C);
-    m->norm = take(arena, N * C);
-    m->latent = take(arena, N * c->R);
-    m->q_latent = take(arena, N * c->RQ);
-    m->gelu = training ? m->d.fc : take(arena, N * 4 * C);
-    m->proj = take(arena, N * C);
-    m->logits = take(arena, (size_t)m->head_rows * c->V);
-    m->row_loss = take(arena, m->head_rows);
-    Arena room = {0};
-    place_room(&room, c->QK, c->HS, T);
-    m->room_size = room.used;
-    m->rooms = take(arena, omp_get_max_threads() * m->room_size);
-    if (!training) return;
-    m->d_norm = take(arena, N * C);
-    m->d_latent = take(arena, N * c->R);
-    m->d_q_latent = take(arena, N * c->RQ);
-    m->d_k_rope = take(arena, N * c->NKV * c->rope);
-    m->partial = take(arena, (size_t)PIECES * m->partial_row);
-}
-
-// Memory for the activations of up to B sequences of T tokens.
-static void model_reserve(Model *m, int B, int T, int training) {
-    // A limit under which tokens, and tokens times any width, fit an int. [ATTENTION 1]
-    const Config *c = &m->c;
-    long widest = max_int(max_int(4 * c->C, c->q_row), max_int(c->qkv_row, c->kv_row));
-    if ((long)B * T > INT_MAX / widest)
-        fail(1, "a batch of %d x %d tokens: expected at most %ld tokens for this model", B, T,
-             INT_MAX / widest);
-    m->max_N = B * T;
-    // 4 MB of logits, but at least 256 rows and, for decoding, B
-    m->head_rows = min_int(m->max_N, max_int(max_int(B, 256), (1 << 20) / c->V));
-    m->acts = allocate(sizeof(Acts) * (training ? c->L : 1), "activations");
-    Arena arena = {0};
-    place_acts(m, &arena, T, training);
-    arena_allocate(&arena, "activations");
-    place_acts(m, &arena, T, training);
-    m->act_memory = arena.base;
-}
-
-static void model_free(Model *m) {
-    free(m->tensors), free(m->w), free(m->g), free(m->memory), free(m->acts), free(m->act_memory);
-    free(m);
-}
-
 // --- Embedding: x = dropout(wte[token] + wpe[position])          dropout's place 0
 
 static void embedding_forward(Model *m, real *x, const int *tokens, int N, int T) {
@@ -1200,6 +1082,21 @@ static void embedding_backward(Model *m, const int *tokens, int N, int T) {
             }
 }
 
+// WHERE ACTIVATIONS LIVE. From a layer's forward to its backward it keeps, of its own, x, qkv or q_a
+// to kv, att, lse, x_mid and fc. All layers share the rest; a cell names what an array holds then,
+// and "." says that nobody needs it:
+//
+//     array     forward: attention   MLP        | backward: MLP              attention
+//     fc                 .           fc         | fc, then gelu(fc)          .
+//     d.fc               .           gelu(fc)   | d.fc                       d.qkv, d.q_a to d.att
+//     norm               LN(x)       LN(x_mid)  | LN(x_mid), made again      LN(x), made again
+//     proj               its output  its output | under dropout the gradient of each one's output
+//     d.x                .           .          | dy, then d x_mid           d x_mid, then d x
+//     d_norm             .           .          | d LN(x_mid)                d LN(x)
+//
+// d.fc's place serves three that never live together: GELU's output (m->gelu), its gradient, and the
+// gradients of attention.
+
 // --- Block (1): x_mid = x + dropout(attention(LN x)), y = x_mid + dropout(MLP(LN x_mid))
 //     dropout's places 2l+1 and 2l+2
 
@@ -1218,8 +1115,8 @@ static void block_forward(Model *m, int l, Acts *acts, real *y, int B, int T) {
 }
 
 // y was x_mid + dropout(MLP(LN x_mid)), x_mid was x + dropout(attention(LN x)). So d.x goes in as
-// the gradient of y and comes out as that of x: along the residual stream it just passes, and each
-// branch adds its own. Norm outputs were not kept: each is made again first.
+// the gradient of y and comes out as that of x (1a): along the residual stream it just passes, and
+// each branch adds its own. Norm outputs were not kept: each is made again first.
 static void block_backward(Model *m, int l, Acts *acts, int B, int T) {
     real **w = m->w[l], **g = m->g[l];
     int N = B * T, C = m->c.C;
@@ -1383,7 +1280,7 @@ typedef struct {
     int top_k;
 } Sampling;
 
-// What the command line sets (chapter 15); config holds -1 where it says nothing.
+// What the command line sets (chapter 16); config holds -1 where it says nothing.
 struct Options {
     Config config;
     const char *train_data, *val_data, *tokenizer, *log, *save, *load, *prompt;
@@ -1644,7 +1541,7 @@ static void cache_append(Model *m, int l, const Acts *acts, int B, int T) {
 // maximum; the chunks are then weighted by e^(their maximum - the largest):
 //     out = sum_c w_c o_c / sum_c w_c sum_c,   w_c = e^((max_c - max) / sqrt(QK))
 
-// The product of matmul, by one thread and for a few rows (chapter 12). a's numbers are adjacent
+// The product of matmul, by one thread and for a few rows (chapter 13). a's numbers are adjacent
 // within a row; b's within a row, or within a column, or it is in panels (rows NR apart).
 static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K,
                        const real *start, long start_row);
@@ -1769,7 +1666,7 @@ static void attend_cached(Model *m, int l, Acts *acts, int B, int T) {
 }
 
 // ==== 11  GENERATION ============================================================================
-// What generation uses of chapter 13: the token that texts start from; the tokens of n bytes, into
+// What generation uses of chapter 14: the token that texts start from; the tokens of n bytes, into
 // out, which has room for n; and printing a token, without what could upset a terminal.
 typedef struct {
     int expected;         // bytes that the character at hand still lacks
@@ -1925,8 +1822,7 @@ static void generate_command(Model *m, const Options *o, const Tokenizer *tokeni
 
 // ######## PART III: MACHINERY ###################################################################
 
-// --- Errors, time, memory (declared in chapter 1)
-
+// ==== 12  MEMORY ================================================================================
 static void fail(int status, const char *format, ...) {
     va_list args;
     va_start(args, format);
@@ -1981,7 +1877,151 @@ static real *take(Arena *arena, size_t n) {
     return p;
 }
 
-// ==== 12  MATRIX PRODUCT ========================================================================
+// --- The model's memory
+
+static void place_params(Model *m, Arena *arena, int training) {
+    m->params = take(arena, m->n_reals);
+    if (training) {
+        m->grads = take(arena, m->n_reals);
+        m->adam_m = take(arena, m->n_reals);
+        m->adam_v = take(arena, m->n_reals);
+    }
+    m->rope_cos = take(arena, (size_t)m->c.block_size * m->c.RD / 2);
+    m->rope_sin = take(arena, (size_t)m->c.block_size * m->c.RD / 2);
+}
+
+// Lists the tensors, in the order of the table, layer by layer.
+static void list_tensors(Model *m) {
+    Spec spec[TENSORS];
+    Arena counter = {0};
+    describe_tensors(&m->c, spec);
+    m->tensors = allocate(sizeof(Tensor) * TENSORS * m->c.L, "tensor list");
+    for (int l = 0; l < m->c.L; l++)
+        for (int id = 0; id < TENSORS; id++) {
+            int per_layer = strchr(spec[id].name, '%') != NULL;
+            if (!spec[id].rows || (l > 0 && !per_layer)) continue;
+            Tensor *t = &m->tensors[m->n_tensors++];
+            snprintf(t->name, sizeof t->name, spec[id].name, l);
+            t->id = id, t->layer = per_layer ? l : -1;
+            t->rows = spec[id].rows, t->cols = spec[id].cols, t->init = spec[id].init;
+            t->size = (size_t)t->rows * (t->cols ? t->cols : 1);
+            t->offset = counter.used;
+            take(&counter, t->size);
+            m->n_params += t->size;
+            if (!t->cols) m->partial_row = max_int(m->partial_row, 2 * t->rows);
+        }
+    m->n_reals = counter.used;
+}
+
+// Builds a model of all zeros: lists the tensors, allocates, points every layer at its own.
+static Model *model_create(const Config *c, int training) {
+    Model *m = allocate(sizeof *m, "model");
+    m->c = *c;
+    list_tensors(m);
+    Arena arena = {0};
+    place_params(m, &arena, training);
+    arena_allocate(&arena, "parameters and optimizer");
+    place_params(m, &arena, training);
+    m->memory = arena.base;
+
+    m->w = allocate(sizeof(Layer) * c->L, "layer list");
+    m->g = allocate(sizeof(Layer) * c->L, "layer list");
+    for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++)
+        for (int l = max_int(t->layer, 0); l < (t->layer == -1 ? c->L : t->layer + 1); l++) {
+            m->w[l][t->id] = m->params + t->offset;
+            m->g[l][t->id] = training ? m->grads + t->offset : NULL;
+        }
+    rope_table(m);
+    return m;
+}
+
+static Room place_room(Arena *arena, int QK, int HS, int T) {
+    size_t t = whole_panels(T);
+    Room r = {.row = t / 32 * 32 + 48};
+    r.s = take(arena, STRIP * r.row), r.ds = take(arena, STRIP * r.row);
+    r.keys = take(arena, T * QK), r.dk = take(arena, T * QK);
+    r.kt = take(arena, QK * t), r.vt = take(arena, HS * t);
+    r.k = take(arena, T * whole_panels(QK)), r.v = take(arena, T * whole_panels(HS));
+    r.q = take(arena, STRIP * whole_panels(QK));
+    r.d_out = take(arena, STRIP * whole_panels(HS));
+    return r;
+}
+
+static Room room_of_thread(const Model *m, const Heads *a, int T) {
+    Arena arena = {.base = m->rooms + omp_get_thread_num() * m->room_size};
+    return place_room(&arena, a->nope + a->rope, a->value, T);
+}
+
+// [ATTENTION 1]
+static void place_acts(Model *m, Arena *arena, int T, int training) {
+    const Config *c = &m->c;
+    size_t N = m->max_N, C = c->C;
+    int layers = training ? c->L : 1;
+    for (int l = 0; l < layers + training; l++) {
+        Acts *a = l < layers ? &m->acts[l] : &m->d;  // the gradients' set comes last
+        a->x = take(arena, N * C);
+        size_t attention = arena->used;
+        arena->overlap = l == layers;
+        a->qkv = take(arena, N * c->qkv_row);
+        a->q_a = take(arena, N * c->RQ);
+        a->q = take(arena, has_latent(c) ? N * c->q_row : 0);
+        a->kv_a = take(arena, N * c->kv_a_row);
+        a->kv = take(arena, has_latent(c) ? N * c->kv_row : 0);
+        a->att = take(arena, N * c->att_row);
+        size_t end = arena->used;  // what your attention keeps belongs above this line
+        if (l == layers) arena->used = attention;  // the shared room of the drawing
+        a->fc = take(arena, N * 4 * C);
+        if (arena->used < end) arena->used = end;
+        arena->overlap = 0;
+        if (l == layers) break;
+        a->lse = take(arena, N * c->NH);
+        a->x_mid = take(arena, N * C);
+    }
+    m->x_final = take(arena, N * C);
+    m->norm = take(arena, N * C);
+    m->latent = take(arena, N * c->R);
+    m->q_latent = take(arena, N * c->RQ);
+    m->gelu = training ? m->d.fc : take(arena, N * 4 * C);
+    m->proj = take(arena, N * C);
+    m->logits = take(arena, (size_t)m->head_rows * c->V);
+    m->row_loss = take(arena, m->head_rows);
+    Arena room = {0};
+    place_room(&room, c->QK, c->HS, T);
+    m->room_size = room.used;
+    m->rooms = take(arena, omp_get_max_threads() * m->room_size);
+    if (!training) return;
+    m->d_norm = take(arena, N * C);
+    m->d_latent = take(arena, N * c->R);
+    m->d_q_latent = take(arena, N * c->RQ);
+    m->d_k_rope = take(arena, N * c->NKV * c->rope);
+    m->partial = take(arena, (size_t)PIECES * m->partial_row);
+}
+
+// Memory for the activations of up to B sequences of T tokens.
+static void model_reserve(Model *m, int B, int T, int training) {
+    // A limit under which tokens, and tokens times any width, fit an int. [ATTENTION 1]
+    const Config *c = &m->c;
+    long widest = max_int(max_int(4 * c->C, c->q_row), max_int(c->qkv_row, c->kv_row));
+    if ((long)B * T > INT_MAX / widest)
+        fail(1, "a batch of %d x %d tokens: expected at most %ld tokens for this model", B, T,
+             INT_MAX / widest);
+    m->max_N = B * T;
+    // 4 MB of logits, but at least 256 rows and, for decoding, B
+    m->head_rows = min_int(m->max_N, max_int(max_int(B, 256), (1 << 20) / c->V));
+    m->acts = allocate(sizeof(Acts) * (training ? c->L : 1), "activations");
+    Arena arena = {0};
+    place_acts(m, &arena, T, training);
+    arena_allocate(&arena, "activations");
+    place_acts(m, &arena, T, training);
+    m->act_memory = arena.base;
+}
+
+static void model_free(Model *m) {
+    free(m->tensors), free(m->w), free(m->g), free(m->memory), free(m->acts), free(m->act_memory);
+    free(m);
+}
+
+// ==== 13  MATRIX PRODUCT ========================================================================
 //
 // Nearly all time goes into products c = a b. How they come near to what the processor can do is
 // told in section 14 of the writeup: a TILE of MR x NR sums of c stays in registers while k runs
@@ -2335,7 +2375,7 @@ static real exp_row(real *x, int n, real scale, real max) {
     return sum;
 }
 
-// ==== 13  DATA ==================================================================================
+// ==== 14  DATA ==================================================================================
 // Files are little-endian, as are the machines this runs on.
 
 static FILE *open_regular(const char *path, size_t *size) {
@@ -2577,7 +2617,7 @@ static void next_batch(const Data *d, int order, uint64_t seed, long index,
     }
 }
 
-// ==== 14  CHECKPOINTS ===========================================================================
+// ==== 15  CHECKPOINTS ===========================================================================
 // safetensors: 8 bytes length of the header, the header in JSON, then the tensors' raw data.
 // {"__metadata__": {"key": "value", ...}, "name": {"dtype": "F32", "shape": [2, 3],
 // "data_offsets": [from, to]}, ...}. A training checkpoint has the moments adam.m.* and adam.v.*
@@ -2993,7 +3033,7 @@ static void checkpoint_read_model(const Checkpoint *k, Model *m, int moments) {
     }
 }
 
-// ==== 15  COMMAND LINE ==========================================================================
+// ==== 16  COMMAND LINE ==========================================================================
 // --- What a run prints
 
 static void print_duration(double s) {
