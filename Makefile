@@ -1,6 +1,6 @@
 # make             the trainer, ./train_gpt2_mla
 # make test        gradients, checkpoints and all else, with a C compiler alone
-# make decode-speed tokens per second of every kind of attention and cache, to dev/speed/decode_speed.md (5 minutes)
+# make decode-speed tokens per second of every kind of attention and cache, to dev/speed/decode_speed.md (6 minutes)
 # make profile     where the time of a training step goes; ./step_profile takes the trainer's options
 # make shakespeare tinyshakespeare for the default run (needs Python and a network)
 # make sanitize    the tests again under address and undefined-behaviour sanitizers

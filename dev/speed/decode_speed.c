@@ -1,14 +1,15 @@
 /*
 Decode speed of every kind of attention and cache at several contexts; prints a Markdown table.
 
-    make decode-speed                      all of it, some five minutes, written to dev/speed/decode_speed.md
-    ./decode_speed 1024 1 [layers heads channels]   one context and batch size
+    make decode-speed         all of it, some six minutes, written to dev/speed/decode_speed.md
+    ./decode_speed 1024 1 [layers heads channels]        one context and batch size
 
-A model of random weights (8 layers, 16 heads, 512 channels, vocabulary 256) gets a cache filled with
-random numbers up to the context, then decodes a few tokens there. Rounds of all kinds are
+A model of random weights (8 layers, 16 heads, 512 channels, vocabulary 256) gets a cache filled
+with random numbers up to the context, then decodes a few tokens there. Rounds of all kinds are
 interleaved and medians taken. Each row is set against its limit: the time that its bytes (weights
 once, cache once per step) take at the memory bandwidth, or its arithmetic at the multiply-add peak,
-both measured in this run, whichever is longer.
+both measured in this run, whichever is longer. gqla 4 is mla with 4 key/value heads, whose cache of
+keys and values is no longer much larger than that of latents, or even smaller.
 */
 #define TESTING
 #include "../../train_gpt2_mla.c"
@@ -21,79 +22,121 @@ typedef struct {
     double rates[64], bytes, flops;
 } Row;
 
+static Model *random_model(const Row *r, int L, int NH, int C, int context, int B) {
+    Config c = {.attention = r->attention, .position = r->position, .latent_norm = LAYERNORM,
+                .L = L, .NH = NH, .NKV = r->NKV, .C = C, .block_size = context + 64, .V = 256,
+                .RQ = -1, .R = r->R > C ? -1 : r->R, .RD = -1, .NOPE = -1};
+    config_complete(&c, 1, "decode_speed");
+    Model *m = model_create(&c, 0);
+    model_init(m, 1);
+    model_reserve(m, B, 1, 0);
+    return m;
+}
+
+// What a step must read, weights once for the batch and the cache of each sequence, and compute.
+static void count_work(Row *r, int context, int B) {
+    const Config *c = &r->m->c;
+    double weights = r->m->n_params, cached = (double)cache_floats(c, r->mode) * context * B;
+    double up = (double)c->R * (c->NOPE + c->HS);  // a key/value head's rows of kv_b_proj
+    // multiply-adds per token of a sequence and layer, and per cached token and layer
+    double new = 0, old = (double)c->NH * (c->QK + c->HS);
+    if (r->mode == CACHE_LATENT) old += c->NKV * up;
+    if (r->mode == CACHE_ABSORBED) {
+        old = (double)c->NH * (2 * c->R + c->rope);
+        new = (c->NH - c->NKV) * up;  // each query head absorbs; weights count key/value heads
+    }
+    r->bytes = sizeof(real) * (weights + cached);
+    r->flops = 2 * B * (weights + c->L * (new + context * old));
+}
+
+// Tokens per second just behind `context` tokens.
+static double decode_rate(Model *m, int mode, int context, int B) {
+    int tokens[1024], steps = 0;
+    Cache *cache = cache_create(m, mode, B, context + 64);
+    size_t size = cache->layer_size * m->c.L;
+    #pragma omp parallel for
+    for (size_t i = 0; i < size; i++)
+        cache->layers[i] = (real)((int)(random_bits(1, i) >> 40) * 0x1p-24 - 0.5);
+    for (int b = 0; b < B; b++) tokens[b] = b % 256;
+    cache->used = context;
+    decode(m, cache, tokens, 1);  // warm up
+    double start = seconds(), took;
+    do {
+        decode(m, cache, tokens, 1);
+        took = seconds() - start;
+    } while (++steps < 32 && took < 0.5);
+    cache_free(cache);
+    return B * steps / took;
+}
+
+static void print_row(Row *r, int context, int B, int rounds, double GBs, double GFLOPs,
+                      double mha) {
+    const Config *c = &r->m->c;
+    long floats = cache_floats(c, r->mode);
+    double rate = median(r->rates, rounds), spread = r->rates[rounds - 1] / r->rates[0];
+    double by_memory = r->bytes / GBs / 1e9, by_arithmetic = r->flops / GFLOPs / 1e9;
+    double limit = B / fmax(by_memory, by_arithmetic);
+    char name[80];
+    snprintf(name, sizeof name, c->R ? "%s, R=%d" : "%s", r->name, c->R);
+    printf("| %d | %d | %s | %ld | %.1f | %.1f | %.2f | %.2f | %.0f%% of %s | "
+           "%d rounds, max/min %.2f |\n", context, B, name, floats,
+           floats * (double)context * B * sizeof(real) / 1e6, rate, 1000 * B / rate,
+           rate / (mha ? mha : rate), 100 * rate / limit,
+           by_memory > by_arithmetic ? "memory" : "arithmetic", rounds, spread);
+    fflush(stdout);
+}
+
 static void run(Row *rows, int n, int L, int NH, int C, int context, int B, double budget) {
     double bandwidth[64], peak[64];
-    int rounds = 0, tokens[1024];
+    int rounds = 0;
     for (int r = 0; r < n; r++) {
-        Config c = {.attention = rows[r].attention, .position = rows[r].position, .latent_norm = LAYERNORM, .L = L, .NH = NH,
-                    .NKV = rows[r].NKV, .C = C, .block_size = context + 64, .V = 256, .RQ = -1, .R = rows[r].R > C ? -1 : rows[r].R, .RD = -1};
-        config_complete(&c, 1, "decode_speed");
-        rows[r].m = model_create(&c, 0);
-        model_init(rows[r].m, 1);
-        model_reserve(rows[r].m, B, 1, 0);
-        // bytes that a step must read, and its arithmetic: weights once for the batch, cache per sequence
-        double cached = (double)cache_floats(&c, rows[r].mode) * context * B, weights = rows[r].m->n_params;
-        double score = rows[r].mode == CACHE_ABSORBED ? 2.0 * c.R + c.HS - c.NOPE : 2.0 * c.HS, decompress = (double)c.R * (c.NOPE + c.HS);
-        rows[r].bytes = sizeof(real) * (weights + cached);
-        rows[r].flops = 2 * B * (weights + (double)L * NH * context * (score + (rows[r].mode == CACHE_LATENT) * decompress));
+        rows[r].m = random_model(&rows[r], L, NH, C, context, B);
+        count_work(&rows[r], context, B);
     }
-    for (double start = seconds(); rounds < 3 || (rounds < 32 && seconds() - start < budget); rounds++) {
+    double start = seconds();
+    for (; rounds < 3 || (rounds < 32 && seconds() - start < budget); rounds++) {
         bandwidth[rounds] = read_bandwidth();
         peak[rounds] = multiply_add_peak();
-        for (int r = 0; r < n; r++) {
-            Model *m = rows[r].m;
-            Cache *cache = cache_create(m, rows[r].mode, B, context + 64);
-            size_t size = cache->layer_size * L;
-            #pragma omp parallel for
-            for (size_t i = 0; i < size; i++) cache->layers[i] = (real)((int)(random_bits(1, i) >> 40) * 0x1p-24 - 0.5);
-            for (int b = 0; b < B; b++) tokens[b] = b % 256;
-            m->cache = cache, cache->used = context;
-            decode(m, tokens, B, 1);  // warm up
-            int steps = 0;
-            double t = seconds(), took;
-            do decode(m, tokens, B, 1), steps++, took = seconds() - t; while (steps < 32 && took < 0.5);
-            rows[r].rates[rounds] = B * steps / took;
-            cache_free(cache);
-        }
+        for (int r = 0; r < n; r++)
+            rows[r].rates[rounds] = decode_rate(rows[r].m, rows[r].mode, context, B);
     }
     double GBs = median(bandwidth, rounds), GFLOPs = median(peak, rounds), mha = 0;
     for (int r = 0; r < n; r++) {
-        double rate = median(rows[r].rates, rounds), spread = rows[r].rates[rounds - 1] / rows[r].rates[0];
-        double by_memory = rows[r].bytes / GBs / 1e9, by_arithmetic = rows[r].flops / GFLOPs / 1e9;
-        double limit = B / fmax(by_memory, by_arithmetic);
-        if (!r) mha = rate;
-        char name[80];
-        snprintf(name, sizeof name, rows[r].m->c.R ? "%s, R=%d" : "%s", rows[r].name, rows[r].m->c.R);
-        printf("| %d | %d | %s | %ld | %.1f | %.1f | %.2f | %.2f | %.0f%% of %s | %d rounds, max/min %.2f |\n", context, B, name,
-               cache_floats(&rows[r].m->c, rows[r].mode), cache_floats(&rows[r].m->c, rows[r].mode) * (double)context * B * sizeof(real) / 1e6,
-               rate, 1000 * B / rate, rate / mha, 100 * rate / limit, by_memory > by_arithmetic ? "memory" : "arithmetic", rounds, spread);
-        fflush(stdout);
+        print_row(&rows[r], context, B, rounds, GBs, GFLOPs, mha);
+        if (!r) mha = rows[r].rates[rounds / 2];  // sorted by now
         model_free(rows[r].m);
     }
-    fprintf(stderr, "context %d, batch %d: memory %.1f GB/s, multiply-add peak %.0f GFLOP/s\n", context, B, GBs, GFLOPs);
+    fprintf(stderr, "context %d, batch %d: memory %.1f GB/s, multiply-add peak %.0f GFLOP/s\n",
+            context, B, GBs, GFLOPs);
 }
 
 int main(int argc, char **argv) {
     static const int contexts[] = {128, 1024, 4096, 16384}, batches[] = {1, 16};
     Row rows[] = {
-        {.name = "mha", .attention = MHA, .position = ROPE, .NKV = -1, .R = -1},
-        {.name = "gqa 4", .attention = GQA, .position = ROPE, .NKV = 4, .R = -1},
-        {.name = "mqa", .attention = MQA, .position = ROPE, .NKV = -1, .R = -1},
-        {.name = "mla full", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 341, .mode = CACHE_FULL},
-        {.name = "mla latent", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 341, .mode = CACHE_LATENT},
-        {.name = "mla absorbed", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 341, .mode = CACHE_ABSORBED},
-        {.name = "mla full", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 64, .mode = CACHE_FULL},
-        {.name = "mla latent", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 64, .mode = CACHE_LATENT},
-        {.name = "mla absorbed", .attention = MLA, .position = DECOUPLED, .NKV = -1, .R = 64, .mode = CACHE_ABSORBED},
+        {"mha", MHA, ROPE, -1, -1, CACHE_FULL},
+        {"gqa 4", GQA, ROPE, 4, -1, CACHE_FULL},
+        {"mqa", MQA, ROPE, -1, -1, CACHE_FULL},
+        {"mla full", MLA, DECOUPLED, -1, 341, CACHE_FULL},
+        {"mla latent", MLA, DECOUPLED, -1, 341, CACHE_LATENT},
+        {"mla absorbed", MLA, DECOUPLED, -1, 341, CACHE_ABSORBED},
+        {"gqla 4 full", MLA, DECOUPLED, 4, 341, CACHE_FULL},
+        {"gqla 4 absorbed", MLA, DECOUPLED, 4, 341, CACHE_ABSORBED},
+        {"mla full", MLA, DECOUPLED, -1, 64, CACHE_FULL},
+        {"mla latent", MLA, DECOUPLED, -1, 64, CACHE_LATENT},
+        {"mla absorbed", MLA, DECOUPLED, -1, 64, CACHE_ABSORBED},
+        {"gqla 4 full", MLA, DECOUPLED, 4, 64, CACHE_FULL},
+        {"gqla 4 absorbed", MLA, DECOUPLED, 4, 64, CACHE_ABSORBED},
     };
     int n = sizeof rows / sizeof *rows, one = argc >= 3;
-    int L = argc >= 6 ? atoi(argv[3]) : 8, NH = argc >= 6 ? atoi(argv[4]) : 16, C = argc >= 6 ? atoi(argv[5]) : 512;
-    printf("%d layers, %d heads, %d channels, %d threads. Limit: what memory or arithmetic allows, as measured beside it.\n\n", L, NH, C,
-           omp_get_max_threads());
-    printf("| context | batch | attention, cache | floats/token | cache MB | tok/s | ms/step | vs mha | of its limit | |\n");
-    printf("|--:|--:|---|--:|--:|--:|--:|--:|--:|---|\n");
+    int L = 8, NH = 16, C = 512;
+    if (argc >= 6) L = atoi(argv[3]), NH = atoi(argv[4]), C = atoi(argv[5]);
+    printf("%d layers, %d heads, %d channels, %d threads. Limit: what memory or arithmetic allows, "
+           "as measured beside it.\n\n", L, NH, C, omp_get_max_threads());
+    printf("| context | batch | attention, cache | floats/token | cache MB | tok/s | ms/step "
+           "| vs mha | of its limit | |\n|--:|--:|---|--:|--:|--:|--:|--:|--:|---|\n");
     for (int i = 0; i < (one ? 1 : 4); i++)
         for (int j = 0; j < (one ? 1 : 2); j++)
-            run(rows, n, L, NH, C, one ? atoi(argv[1]) : contexts[i], one ? atoi(argv[2]) : batches[j], 10);
+            run(rows, n, L, NH, C, one ? atoi(argv[1]) : contexts[i],
+                one ? atoi(argv[2]) : batches[j], 10);
     return 0;
 }

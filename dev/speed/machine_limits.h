@@ -1,5 +1,5 @@
-// What the processor and its memory can do at most: the yardsticks of dev/*.c. To be included after
-// train_gpt2_mla.c, whose vectors and clock it uses.
+// What the processor and its memory can do at most: the yardsticks of dev/speed/*.c. To be included
+// after train_gpt2_mla.c, whose vectors and clock it uses.
 
 static int by_size(const void *a, const void *b) {
     double x = *(const double *)a, y = *(const double *)b;
@@ -29,8 +29,8 @@ static double read_bandwidth(void) {
     return n * sizeof(real) / (seconds() - start) / 1e9;
 }
 
-// GFLOP/s of independent multiply-adds in registers, on all threads. Twelve sums hide the latency of any
-// multiply-add unit of today.
+// GFLOP/s of independent multiply-adds in registers, on all threads. Twelve sums hide the latency
+// of any multiply-add unit of today.
 static double multiply_add_peak(void) {
     enum { SUMS = 12, STEPS = 20000000 };
     real sink = 0;

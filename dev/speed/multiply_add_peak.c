@@ -1,4 +1,5 @@
-// Prints the multiply-add peak of all OpenMP threads in GFLOP/s. dev/speed/training_speed.py runs it beside what it measures.
+// Prints the multiply-add peak of all OpenMP threads in GFLOP/s. dev/speed/training_speed.py runs
+// it beside what it measures.
 #define TESTING
 #include "../../train_gpt2_mla.c"
 #include "machine_limits.h"

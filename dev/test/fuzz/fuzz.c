@@ -1,5 +1,6 @@
 /*
-Fuzzing of all that reads what a person gives: `make fuzz` (clang). The environment's TARGET chooses:
+Fuzzing of all that reads what a person gives: `make fuzz` (clang). The environment's TARGET
+chooses:
 
     checkpoint   header, configuration and tensors of a safetensors file
     tokens       a token file, or text
@@ -7,9 +8,9 @@ Fuzzing of all that reads what a person gives: `make fuzz` (clang). The environm
     prompt       encoding, with the tokenizer of the tests: the tokens' bytes must be the text again
     options      a command line, one argument a line; then the model's configuration
 
-dev/test/fuzz/TARGET/ has inputs to start from, and whatever once went wrong. Inputs that the program refuses end
-in fail(), which here returns to the fuzzer instead of ending the process; what was allocated and opened
-until then is cleaned up behind it.
+dev/test/fuzz/TARGET/ has inputs to start from, and whatever once went wrong. Inputs that the
+program refuses end in fail(), which here returns to the fuzzer instead of ending the process; what
+was allocated and opened until then is cleaned up behind it.
 */
 #define _POSIX_C_SOURCE 200809L
 #include <setjmp.h>
@@ -36,9 +37,9 @@ static void fuzz_free(void *p) { free(fuzz_forget(p)); }
 
 enum { LITTLE = 1 << 20 };  // more memory than this is not to be had
 
-static void *fuzz_alloc(size_t alignment, size_t size) { return size > LITTLE ? NULL : fuzz_keep(aligned_alloc(alignment, size)); }
-
-static void *fuzz_realloc(void *p, size_t size) { return size > LITTLE ? NULL : fuzz_keep(realloc(fuzz_forget(p), size)); }
+static void *fuzz_alloc(size_t alignment, size_t size) {
+    return size > LITTLE ? NULL : fuzz_keep(aligned_alloc(alignment, size));
+}
 
 static FILE *fuzz_open(const char *path, const char *how) { return opened = fopen(path, how); }
 
@@ -49,7 +50,6 @@ static int fuzz_close(FILE *f) {
 
 #define exit(status) ((void)(status), longjmp(refused, 1))
 #define aligned_alloc fuzz_alloc
-#define realloc fuzz_realloc
 #define free fuzz_free
 #define fopen fuzz_open
 #define fclose fuzz_close
@@ -91,8 +91,9 @@ static void encode_prompt(const unsigned char *text, size_t n) {
     long count = encode(&tokenizer, text, n, tokens);
     size_t at = 0;
     for (long i = 0; i < count; i++) {
-        size_t length = token_length(&tokenizer, tokens[i]);
-        if (at + length > n || memcmp(tokenizer.bytes + tokenizer.start[tokens[i]], text + at, length)) abort();
+        size_t length = token_bytes(&tokenizer, tokens[i]);
+        const unsigned char *bytes = tokenizer.bytes + tokenizer.start[tokens[i]];
+        if (at + length > n || memcmp(bytes, text + at, length)) abort();
         at += length;
     }
     if (at != n) abort();
@@ -111,8 +112,7 @@ static void read_options(const unsigned char *text, size_t n) {
     opt = fresh;
     for (Option *o = options; o < options + N_OPTIONS; o++) o->given = 0;
     parse_options(argc, argv);
-    model_defaults();
-    if (opt.config.V == -1) opt.config.V = 256;
+    model_defaults(&(Inputs){.tokenizer = tokenizer});
     config_complete(&opt.config, 2, "options");
     settings(&(Data){0});
 }
