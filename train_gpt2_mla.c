@@ -21,7 +21,7 @@ and config_complete.
         8  Training         validation, a step, the loop
     PART II   DECODING
         9  The cache        what is kept of past tokens, and where
-       10  One query        attention to a cache; absorption, where MLA becomes MQA
+       10  Attention in decoding   one query and a cache; absorption, where MLA becomes MQA
        11  Generation       sampling, one token after the other
     PART III  MACHINERY
        12  Memory           where tensors and activations lie
@@ -142,7 +142,7 @@ static uint64_t random_stream(uint64_t seed, int purpose, uint64_t which) {
     return random_bits(random_bits(seed, purpose), which);
 }
 
-// --- What Part I uses of the other parts
+// --- What Parts I and II use of the others
 
 typedef struct Model Model;
 typedef struct Acts Acts;
@@ -151,6 +151,9 @@ typedef struct Tokenizer Tokenizer;
 typedef struct Options Options;
 typedef struct Step Step;
 typedef struct Evaluation Evaluation;
+
+// Chapter 12. Room for the activations of passes over up to B sequences of up to T tokens.
+static void model_reserve(Model *m, int B, int T, int training);
 
 // Chapter 13. A matrix by its strides: element (i, j) is p[i*row + j*col], one of row and col
 // being 1. Swapping the two transposes.
@@ -409,8 +412,8 @@ typedef struct {
 typedef real *Layer[TENSORS];
 
 // [ATTENTION 1] What the forward of one block leaves for its backward. The backward uses the same
-// struct, m->d, for their gradients, of all but x_mid and lse; where a vector was turned in place, its
-// gradient ends as that of the vector before.
+// struct, m->d, for their gradients, of all but x_mid and lse; where a vector was turned in place,
+// its gradient ends as that of the vector before.
 struct Acts {
     real *x;           // (N, C) the block's input: the residual stream
     real *qkv;         // (N, qkv_row) mha, gqa, mqa: q and k rotated if position is rope
@@ -433,7 +436,7 @@ struct Model {
     real *rope_cos, *rope_sin;                // (block_size, RD/2)
     void *memory;                             // what all of these are cut from
     // Activations, for at most max_N tokens.
-    int max_N, head_rows;
+    int max_N, max_T, head_rows;
     void *act_memory;              // what these are cut from
     Acts *acts;                    // L of them when training, else one that all layers share
     real *x_final;                 // (N, C) the residual stream after the last block
@@ -625,8 +628,8 @@ static void gelu_forward(real *y, const real *x, long n) {
 }
 
 // y was x s(2u), so dx = dy (s + x s (1 - s) (2u)') (7), over dy in place. Overwrites x with y,
-// which was not kept and which the gradient of the MLP's c_proj needs: x s costs one multiplication,
-// as s is at hand.
+// which was not kept and which the gradient of the MLP's c_proj needs: x s costs one
+// multiplication, as s is at hand.
 static void gelu_backward(real *dy, real *x, long n) {
     #pragma omp parallel for simd schedule(static, range_of_thread(n)) if (parallel : n > SMALL)
     for (long i = 0; i < n; i++) {
@@ -658,7 +661,7 @@ static void residual_forward(const Model *m, real *y, const real *x, const real 
 }
 
 // y was x + dropout(branch): the branch's gradient is dropout(dy), x's is dy itself (1a). Without
-// dropout so is the branch's, and what is returned IS dy: to be used before anything is added to dy.
+// dropout so is the branch's, and what is returned IS dy: to be used before dy is added to.
 static const real *residual_backward(const Model *m, real *d_branch, const real *dy, long n,
                                      int where) {
     if (!m->dropping) return dy;
@@ -908,7 +911,7 @@ static Heads heads_of(const Model *m, const Acts *acts) {
 }
 
 // [ATTENTION 2] Turns queries and keys to their positions (17, 19), or (sign -1) their gradients
-// back (18). Keys that are yet to be made of a latent are never turned: position rope has no latent.
+// back (18). No key that is yet to be made of a latent is turned: `rope` never goes with a latent.
 static void rope_heads(const Model *m, const Heads *a, int N, int T, int sign) {
     if (m->c.position == ROPE) {  // the whole of every head
         rotate(m, a->q, a->heads, N, T, sign);
@@ -945,8 +948,8 @@ static void mla_latents(Model *m, int l, const Acts *acts, int N) {
                      c->latent_norm);
 }
 
-// [c_; k_rope_] = [W_DKV; W_KR] x, side by side in kv_a, c = norm(c_) (20, 23); q_ = W_UQ norm(W_DQ x)
-// (22), or W_Q x
+// [c_; k_rope_] = [W_DKV; W_KR] x, side by side in kv_a, and c = norm(c_) (20, 23)
+// q_ = W_UQ norm(W_DQ x) (22), or W_Q x
 static void mla_forward(Model *m, int l, Acts *acts, int N) {
     const Config *c = &m->c;
     real **w = m->w[l];
@@ -963,8 +966,8 @@ static void mla_up_project(Model *m, int l, Acts *acts, int N) {
 }
 
 // Called at the end of attention_block_backward. By then d.kv holds [dk_nope; dv], d.q the gradient
-// of q_, and the last columns of d.kv_a that of k_rope_ (23d). The latents are made again; then keys
-// and values go from the last step of the forward to the first, and the queries likewise.
+// of q_, and the last columns of d.kv_a that of k_rope_ (23d). The latents are made again; then
+// keys and values go from the last step of the forward to the first, and the queries likewise.
 static void mla_backward(Model *m, int l, const Acts *acts, int N) {
     const Config *c = &m->c;
     real **w = m->w[l], **g = m->g[l];
@@ -976,8 +979,8 @@ static void mla_backward(Model *m, int l, const Acts *acts, int N) {
     for (long t = 0; t < N; t++) memset(m->d.kv_a + t * kv_a, 0, R * sizeof(real));
     norm_backward(m, m->d.kv_a, g[KVA_NORM_W], g[KVA_NORM_B], m->d_latent, acts->kv_a, kv_a,
                   w[KVA_NORM_W], N, R, c->latent_norm);
-    // [c_; k_rope_] was [W_DKV; W_KR] x:  dW_DKV and dW_KR (23e), one tensor; the first two terms of
-    // dx (23f)
+    // [c_; k_rope_] was [W_DKV; W_KR] x:  dW_DKV and dW_KR (23e), one tensor; the first two terms
+    // of dx (23f)
     linear_backward(m, m->d_norm, 0, g[KVA_W], NULL, m->d.kv_a, m->norm, w[KVA_W], N, C, kv_a);
     // q_ was W_UQ norm(W_DQ x): the same steps; the third term of dx is added.
     if (RQ) {
@@ -1024,9 +1027,8 @@ static void attention_block_forward(Model *m, int l, Acts *acts, int B, int T) {
 
 // THE WAY OF A GRADIENT, from d_proj (N, C) to d_norm:
 //     through c_proj (8)                     to d.att (N, NH*HS)
-//     attention_backward (14)                to d.q, to dk and dv: [dk_nope; dv] of all heads in d.kv
-//                                            (without a latent all in d.qkv), and by head to
-//                                            d_k_rope (N, NKV, rope)
+//     attention_backward (14)                to d.q and, per head, [dk_nope; dv] in d.kv (without
+//                                            a latent: all in d.qkv); d_k_rope (N, NKV, rope)
 //     the sum over heads, turned back (23d)  to the last columns of d.kv_a
 //     project_backward (23a to 23f, or 8)    to d_norm
 // It finds its places as the forward does: `d` are views of m->d as `a` are of acts.
@@ -1082,9 +1084,9 @@ static void embedding_backward(Model *m, const int *tokens, int N, int T) {
             }
 }
 
-// WHERE ACTIVATIONS LIVE. From a layer's forward to its backward it keeps, of its own, x, qkv or q_a
-// to kv, att, lse, x_mid and fc. All layers share the rest; a cell names what an array holds then,
-// and "." says that nobody needs it:
+// WHERE ACTIVATIONS LIVE. From a layer's forward to its backward it keeps, of its own, x, qkv or
+// q_a to kv, att, lse, x_mid and fc. All layers share the rest; a cell names what an array holds
+// then, and "." says that nobody needs it:
 //
 //     array     forward: attention   MLP        | backward: MLP              attention
 //     fc                 .           fc         | fc, then gelu(fc)          .
@@ -1094,8 +1096,8 @@ static void embedding_backward(Model *m, const int *tokens, int N, int T) {
 //     d.x                .           .          | dy, then d x_mid           d x_mid, then d x
 //     d_norm             .           .          | d LN(x_mid)                d LN(x)
 //
-// d.fc's place serves three that never live together: GELU's output (m->gelu), its gradient, and the
-// gradients of attention.
+// d.fc's place serves three that never live together: GELU's output (m->gelu), its gradient, and
+// the gradients of attention.
 
 // --- Block (1): x_mid = x + dropout(attention(LN x)), y = x_mid + dropout(MLP(LN x_mid))
 //     dropout's places 2l+1 and 2l+2
@@ -1138,6 +1140,9 @@ static void block_backward(Model *m, int l, Acts *acts, int B, int T) {
 // The final residual stream x_final (N, C) of B sequences of T tokens. When training, each
 // layer keeps its own acts; else all use the same, and the stream goes round in its x.
 static void forward(Model *m, const int *tokens, int B, int T, int training) {
+    if (T > m->max_T || (long)B * T > m->max_N)
+        fail(1, "a pass over %d x %d tokens: model_reserve was asked for %d in sequences of %d", B,
+             T, m->max_N, m->max_T);
     m->dropping = training && m->dropout > 0;
     embedding_forward(m, m->acts[0].x, tokens, B * T, T);
     for (int l = 0; l < m->c.L; l++) {
@@ -1510,7 +1515,7 @@ static void cache_append(Model *m, int l, const Acts *acts, int B, int T) {
     #pragma omp parallel for collapse(2) if (B * T > 1)
     for (int b = 0; b < B; b++)
         for (int t = 0; t < T; t++) {
-            long n = (long)b * T + t, at = cache->used + t;
+            long n = (long)b * T + t, at = m->past + t;
             if (cache->mode == CACHE_ABSORBED) {
                 real *row = cache_layer(m, l) + ((long)b * cache->places + at) * c->kv_a_row;
                 memcpy(row, m->latent + n * R, R * sizeof(real));
@@ -1532,7 +1537,7 @@ static void cache_append(Model *m, int l, const Acts *acts, int B, int T) {
         }
 }
 
-// ==== 10  ONE QUERY =============================================================================
+// ==== 10  ATTENTION IN DECODING =================================================================
 //
 // Decoding asks for one query per sequence, against `keys` keys in a cache. There is nothing to
 // reuse but the group of query heads that share a key/value head: its `group` queries are the rows
@@ -1997,15 +2002,15 @@ static void place_acts(Model *m, Arena *arena, int T, int training) {
     m->partial = take(arena, (size_t)PIECES * m->partial_row);
 }
 
-// Memory for the activations of up to B sequences of T tokens.
 static void model_reserve(Model *m, int B, int T, int training) {
     // A limit under which tokens, and tokens times any width, fit an int. [ATTENTION 1]
     const Config *c = &m->c;
-    long widest = max_int(max_int(4 * c->C, c->q_row), max_int(c->qkv_row, c->kv_row));
+    long widest = max_int(max_int(max_int(4 * c->C, c->q_row), c->kv_a_row),
+                          max_int(c->qkv_row, c->kv_row));
     if ((long)B * T > INT_MAX / widest)
         fail(1, "a batch of %d x %d tokens: expected at most %ld tokens for this model", B, T,
              INT_MAX / widest);
-    m->max_N = B * T;
+    m->max_N = B * T, m->max_T = T;
     // 4 MB of logits, but at least 256 rows and, for decoding, B
     m->head_rows = min_int(m->max_N, max_int(max_int(B, 256), (1 << 20) / c->V));
     m->acts = allocate(sizeof(Acts) * (training ? c->L : 1), "activations");
