@@ -49,8 +49,8 @@ TO ADD YOUR OWN ATTENTION
   - [ATTENTION 2], what it does: a projection, forward and backward (chapter 5);
   - [ATTENTION 3], how it decodes: what a cache keeps of a token, and how a query reads it.
 Then add it to `kinds` in test_mla.c and run `make test`: finite differences say whether the
-backward is right, turned positions whether all is rotated that should be, full passes whether
-decoding is right in every cache. A kind that is added half does not pass.
+backward is right, shifted positions whether every head is turned, full passes whether decoding is
+right in every cache. A kind that is added half does not pass.
 */
 #define _POSIX_C_SOURCE 200809L
 #include <errno.h>
@@ -105,7 +105,7 @@ static void *allocate(size_t bytes, const char *what);
 typedef struct {
     real *base;
     size_t used;  // in reals
-    int overlap;  // its pieces lie over each other on purpose
+    int overlap;  // pieces lie over each other on purpose: no gaps between them (chapter 12)
 } Arena;
 
 static real *take(Arena *arena, size_t n);                   // the next piece, n numbers
@@ -203,7 +203,7 @@ enum {
 
 // e^x, as code that compilers turn into vectors; within 2e-7, and x taken as -60 to 60 (float).
 static inline real fast_exp(real x);
-static real largest(const real *x, int n);
+static real largest(const real *x, int n);  // of n numbers, at least one
 // x = e^(scale (x - max)), and their sum: the numerators and the denominator of a softmax.
 static real exp_row(real *x, int n, real scale, real max);
 
@@ -217,24 +217,28 @@ typedef struct {
 
 // How many bytes a token stands for; -1: not known.
 static int token_bytes(const Tokenizer *t, int token);
-// Micro-batch number `index` of a run: tokens x (B, T) and the tokens that follow each, y (B, T).
+// Micro-batch number `index` of a run: tokens x (B, T) and the tokens that follow each, y (B, T),
+// of data that has enough for one.
 static void next_batch(const Data *d, int order, uint64_t seed, long index,
                        int *x, int *y, int B, int T);
 
-// Chapters 15 and 16, for the training loop. What a run reports and leaves behind:
+// Chapters 15 and 16, for the training loop. What a run reports and leaves behind; a row or a save
+// that cannot be written ends the program with a line:
 static double seconds(void);
 static void print_step(const Step *s, const Options *o, double eta, int stays);  // stays in place
 static void print_evaluation(const Evaluation *e);
 static void print_end(const Options *o, long done, long step, double seconds, double stepping);
 static void log_row(FILE *log, const Options *o, const Step *s, const Evaluation *e, double time);
 static void save_run(const Model *m, const Options *o, FILE *log, long step, const char *settings);
-// From then on interrupts set stop_signal, and the step at hand is finished.
+// From then on an interrupt sets stop_signal, and the step at hand is finished; a second one ends
+// the program at once.
 static void catch_signals(void);
 static volatile sig_atomic_t stop_signal;
 
-// Part II. Attention of a layer's tokens to those of m->cache and to themselves.
+// Part II. Attention of a layer's tokens, projected and turned, to those of m->cache and to
+// themselves: heads' outputs into acts->att. What is kept of them is appended.
 static void attend_cached(Model *m, int l, Acts *acts, int B, int T);
-// A text of the model's own, up to T tokens, printed as it is made.
+// A text of the model's own, up to T tokens and 200, printed as it is made.
 static Cache *sample_cache(const Model *m, int T);
 static void print_sample(Model *m, Cache *cache, const Tokenizer *t, const Options *o, long step);
 static void cache_free(Cache *cache);
@@ -255,7 +259,7 @@ static const char takes_position[KINDS][POSITIONS] = {
     [MLA] = {[LEARNED] = 1, [DECOUPLED] = 1},
 };
 
-// Everything that fixes the shape of a model. -1 stands for "choose the default".
+// [ATTENTION 1] Everything that fixes the shape of a model. -1 stands for "choose the default".
 typedef struct {
     int attention, position, latent_norm;
     int L, NH, NKV, C, block_size, V;  // block_size: the longest sequence
@@ -273,9 +277,9 @@ typedef struct {
 // [ATTENTION 1] Whether keys and values are made of a latent, which a decoder may keep instead.
 static int has_latent(const Config *c) { return c->attention == MLA; }
 
-// Fills in what was left open (for mla the experiments' defaults RQ = C/2, R = 2C/3, RD = HS/2,
-// with which it has about as many parameters as MHA) and refuses what cannot be; `where` names its
-// source. [ATTENTION 1] What your kind derives or forbids belongs here.
+// Fills in heads, widths and ranks that were left open (for mla the experiments' defaults RQ = C/2,
+// R = 2C/3, RD = HS/2, with which it has about as many parameters as MHA) and refuses what cannot
+// be; `where` names its source. [ATTENTION 1] What your kind derives or forbids belongs here.
 static void config_complete(Config *c, int status, const char *where) {
     const char *kind = attention_names[c->attention], *position = position_names[c->position];
     if (c->C % c->NH) fail(status, "%s: heads %d does not divide channels %d", where, c->NH, c->C);
@@ -315,7 +319,7 @@ static void config_complete(Config *c, int status, const char *where) {
 
     if (has_latent(c)) {
         if (c->RQ == -1) c->RQ = c->C / 2;
-        if (c->R == -1) c->R = 2 * c->C / 3;
+        if (c->R == -1) c->R = max_int(1, 2 * c->C / 3);
         if (c->R < 1 || c->R > c->C)
             fail(status, "%s: kv-rank %d: expected 1 to channels, %d", where, c->R, c->C);
         if (c->RQ < 0 || c->RQ > c->C)
@@ -416,7 +420,7 @@ typedef real *Layer[TENSORS];
 // its gradient ends as that of the vector before.
 struct Acts {
     real *x;           // (N, C) the block's input: the residual stream
-    real *qkv;         // (N, qkv_row) mha, gqa, mqa: q and k rotated if position is rope
+    real *qkv;         // (N, qkv_row) mha, gqa, mqa: all, as rope_heads leaves it
     real *q_a, *q;     // (N, RQ), (N, NH*QK) mla: query latent before its norm; rotated queries
     real *kv_a, *kv;   // (N, R+rope), (N, NKV*(NOPE+HS)) mla: latent before its norm and rotated
                        //     shared key; keys and values
@@ -434,16 +438,16 @@ struct Model {
     real *params, *grads, *adam_m, *adam_v;   // the last three only when training
     Layer *w, *g;                             // L of each: pointers into params and grads
     real *rope_cos, *rope_sin;                // (block_size, RD/2)
-    void *memory;                             // what all of these are cut from
+    void *memory;                             // what params to rope_sin are cut from
     // Activations, for at most max_N tokens.
     int max_N, max_T, head_rows;
     void *act_memory;              // what these are cut from
     Acts *acts;                    // L of them when training, else one that all layers share
     real *x_final;                 // (N, C) the residual stream after the last block
     real *norm;                    // (N, C) output of the norm at hand
-    real *latent, *q_latent;       // (N, R), (N, RQ) normed latents of the layer at hand
+    real *latent, *q_latent;       // (N, R), (N, RQ) normed latents at hand [ATTENTION 1]
     real *gelu;                    // (N, 4C) output of GELU
-    real *proj;                    // (N, C) output of c_proj, or (dropout) the gradient of one
+    real *proj;                    // (N, C) output of a branch, or (dropout) its gradient
     real *logits, *row_loss;       // (head_rows, V) some tokens' logits, then gradient; (head_rows)
     real *rooms;                   // per thread room_size reals, where attention works (chapter 4)
     size_t room_size;
@@ -727,7 +731,8 @@ static void rotate(const Model *m, View x, int heads, int N, int T, int sign) {
 // queries against all keys they may see, small enough for the second-level cache; what the
 // backward needs of it is one number per query, lse, from which it makes p again.
 
-// Queries handled at once; queries in a thread's unit of work, whose strips share the packed keys.
+// Queries handled at once; queries in a thread's unit of work in the forward, whose strips share
+// the packed keys.
 enum { STRIP = MC, UNIT = 4 * STRIP };
 
 typedef struct {
@@ -1084,9 +1089,10 @@ static void embedding_backward(Model *m, const int *tokens, int N, int T) {
             }
 }
 
-// WHERE ACTIVATIONS LIVE. From a layer's forward to its backward it keeps, of its own, x, qkv or
-// q_a to kv, att, lse, x_mid and fc. All layers share the rest; a cell names what an array holds
-// then, and "." says that nobody needs it:
+// WHERE ACTIVATIONS LIVE when training. (Else all layers share one set, and GELU's output has a
+// place of its own.) From a layer's forward to its backward it keeps, of its own, x, qkv or q_a to
+// kv, att, lse, x_mid and fc. All layers share the rest; a cell names what an array holds then, and
+// "." says that nobody needs it:
 //
 //     array     forward: attention   MLP        | backward: MLP              attention
 //     fc                 .           fc         | fc, then gelu(fc)          .
@@ -1095,6 +1101,7 @@ static void embedding_backward(Model *m, const int *tokens, int N, int T) {
 //     proj               its output  its output | under dropout the gradient of each one's output
 //     d.x                .           .          | dy, then d x_mid           d x_mid, then d x
 //     d_norm             .           .          | d LN(x_mid)                d LN(x)
+//     latent, q_latent   normed      .          | .                          normed, made again
 //
 // d.fc's place serves three that never live together: GELU's output (m->gelu), its gradient, and
 // the gradients of attention.
@@ -1362,9 +1369,10 @@ static Step training_step(Model *m, const Options *o, const Data *data, long don
 }
 
 // Steps done+1 to the last, with the moments of the model as they are; `val` and `log` may be NULL.
-// `settings` is what a checkpoint says of the run.
-static void train(Model *m, const Options *o, const Data *data, const Data *val,
-                  const Tokenizer *tokenizer, FILE *log, const char *settings, long done) {
+// `settings` is what a checkpoint says of the run. Returns the exit status: 0, or 128 and the
+// number of the signal that stopped it.
+static int train(Model *m, const Options *o, const Data *data, const Data *val,
+                 const Tokenizer *tokenizer, FILE *log, const char *settings, long done) {
     int B = o->batch_size, T = o->seq_len;
     int *x = allocate(2 * sizeof(int) * B * T, "batch"), *y = x + B * T;
     long step = done, steps = o->schedule.steps, saved = done;  // saved: what is on disk
@@ -1396,6 +1404,7 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
     if (cache) cache_free(cache);
     free(x);
     print_end(o, done, step, seconds() - start, stepping);
+    return step < steps ? 128 + stop_signal : 0;
 }
 
 // ######## PART II: DECODING #####################################################################
@@ -1410,20 +1419,22 @@ static void train(Model *m, const Options *o, const Data *data, const Data *val,
 // token, layer and step. CACHE_ABSORBED keeps a row per token, [normed latent; rotated key]
 // (places, R+rope), and needs neither keys nor values (chapter 10).
 
-enum { CACHE_FULL, CACHE_LATENT, CACHE_ABSORBED };
+enum { CACHE_FULL, CACHE_LATENT, CACHE_ABSORBED };  // [ATTENTION 3]
 static const char *const cache_names[] = {"full", "latent", "absorbed", NULL};
 enum { CHUNK = 256 };  // keys to a chunk (chapter 10), a multiple of NR
-
-static int cache_mode(const Config *c) {  // the smallest [ATTENTION 3]
-    return has_latent(c) ? CACHE_ABSORBED : CACHE_FULL;
-}
 
 // [ATTENTION 3] Floats that a decoder keeps per token, all layers together (24).
 static long cache_floats(const Config *c, int mode) {
     return c->L * (long)(mode == CACHE_FULL ? c->kv_row + c->rope : c->kv_a_row);
 }
 
-// What decoding keeps of the tokens so far, and the room in which it works.
+// [ATTENTION 3] The default is the smallest: for MLA too that is `full`, with few key/value heads.
+static int cache_mode(const Config *c) {
+    int smaller = has_latent(c) && cache_floats(c, CACHE_ABSORBED) <= cache_floats(c, CACHE_FULL);
+    return smaller ? CACHE_ABSORBED : CACHE_FULL;
+}
+
+// [ATTENTION 3] What decoding keeps of the tokens so far, and the room in which it works.
 struct Cache {
     int mode, B;                  // sequences
     int used, capacity, places;   // tokens of each: so far, at most; capacity in whole panels
@@ -1467,14 +1478,15 @@ static void cache_free(Cache *cache) {
     free(cache);
 }
 
-// Keys and values where a cache has them: views of sequence 0's, and how far on the next sequence's
-// are. k and k_rope lie in panels. If `up` is set, W_UKV, k views latents (places, R), of which a
-// query has yet to make keys and values; if `rows` is, k views rows and there is no k_rope.
+// [ATTENTION 3] Keys and values where a cache has them: views of sequence 0's, and how far on the
+// next sequence's are. k and k_rope lie in panels. If `up` is set, W_UKV, k views latents
+// (places, R), of which a query has yet to make keys and values; with keys_in_rows, there is no
+// k_rope.
 typedef struct {
     Heads heads;
     long k_sequence, k_rope_sequence, v_sequence;
     const real *up;
-    int rows;
+    int keys_in_rows;
 } Cached;
 
 static real *cache_layer(const Model *m, int l) {
@@ -1547,7 +1559,8 @@ static void cache_append(Model *m, int l, const Acts *acts, int B, int T) {
 //     out = sum_c w_c o_c / sum_c w_c sum_c,   w_c = e^((max_c - max) / sqrt(QK))
 
 // The product of matmul, by one thread and for a few rows (chapter 13). a's numbers are adjacent
-// within a row; b's within a row, or within a column, or it is in panels (rows NR apart).
+// within a row; b's within a column, or in panels (rows NR apart), or within a row, and then NR
+// numbers past its end can be read too.
 static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K,
                        const real *start, long start_row);
 
@@ -1556,7 +1569,7 @@ static real *chunk_result(const Model *m, int b, int h, int chunk, int chunks, i
     return m->cache->chunks + (((long)b * m->c.NH + h) * chunks + chunk) * (value + 2);
 }
 
-// The queries of sequence b that read key/value head g, against the keys of one chunk.
+// [ATTENTION 3] The queries of sequence b that read key/value head g, against one chunk's keys.
 static void query_chunk(const Model *m, const Cached *cached, int b, int g, int chunk, int keys) {
     const Heads *a = &cached->heads;
     int chunks = (keys + CHUNK - 1) / CHUNK, value = a->value, group = a->heads / a->kv_heads;
@@ -1568,7 +1581,7 @@ static void query_chunk(const Model *m, const Cached *cached, int b, int g, int 
     const real *pv = head_at(a->v, first, g) + b * cached->v_sequence;
     const real *pk_rope = head_at(a->k_rope, first, g) + b * cached->k_rope_sequence;
     Mat q = rows_of(head_at(a->q, b, g * group), a->q.head), q_rope = mat_from(q, 0, a->nope);
-    Mat k = cached->rows ? transposed(pk, a->k.token) : rows_of(pk, NR);  // (nope, n)
+    Mat k = cached->keys_in_rows ? transposed(pk, a->k.token) : rows_of(pk, NR);  // (nope, n)
     Mat v = rows_of(pv, a->v.token);                                      // (n, value)
     if (cached->up) {  // [k'; v'] = W_UKV c', (nope+value, n) from latents c' (R, n) in panels (21)
         int rows = a->nope + value, R = a->k.token;
@@ -1643,7 +1656,8 @@ static void absorbed_query(Model *m, int l, View q, View out, int B, int keys) {
     long sequence = (long)m->cache->places * row;
     Heads mqa = {.heads = NH, .kv_heads = 1, .nope = row, .rope = 0, .value = R, .q = q_lat,
                  .k = latents, .v = latents, .k_rope = latents};
-    Cached cached = {.heads = mqa, .k_sequence = sequence, .v_sequence = sequence, .rows = 1};
+    Cached cached = {.heads = mqa, .k_sequence = sequence, .v_sequence = sequence,
+                     .keys_in_rows = 1};
     attention_query(m, &cached, o_lat, B, keys);
     #pragma omp parallel for
     for (int h = 0; h < NH; h++) {  // out = W_UV o_lat (26)
@@ -2034,9 +2048,9 @@ static void model_free(Model *m) {
 // strictly forwards, which also absorbs transposes; who packs what depends on the shape. In this
 // chapter M, N, K are rows, columns and the length of the sums.
 //
-// In which order an element of c is summed depends on shapes and strides alone (that of k, in
-// batches of KC; with few rows in others), never on which thread does it or how c is cut up:
-// results do not depend on the number of threads.
+// In which order an element of c is summed depends on shapes and strides alone (that of k, KC at a
+// time; with few rows in other steps), never on which thread does it or how c is cut up: results do
+// not depend on the number of threads.
 
 // A vector of VECTOR_BYTES that may lie anywhere in an array of reals.
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
@@ -2983,7 +2997,7 @@ static Config checkpoint_config(const Checkpoint *k) {
         const char *value = checkpoint_meta(k, key->key);
         char *end;
         long n = 0;
-        if (key->optional && (!value || c.position != DECOUPLED)) n = -1;
+        if (key->optional && !value) n = -1;
         else if (!value) fail(1, "%s: its metadata has no %s", k->path, key->key);
         else if (key->names) {
             while (key->names[n] && strcmp(key->names[n], value)) n++;
@@ -3002,6 +3016,7 @@ static Config checkpoint_config(const Checkpoint *k) {
              k->path);
     if (c.C > 65536 || c.V > 65536)
         fail(1, "%s: channels %d, vocabulary %d, expected at most 65536", k->path, c.C, c.V);
+    if (c.position != DECOUPLED && c.NOPE == c.C / c.NH - c.RD) c.NOPE = -1;  // says nothing more
     config_complete(&c, 1, k->path);
     Spec spec[TENSORS];
     double bytes = 0;
@@ -3066,7 +3081,7 @@ static void print_evaluation(const Evaluation *e) {
     fflush(stdout);
 }
 
-// The run in all; the last lines of an interrupted one, which ends here.
+// The run in all; if it was interrupted, how it can go on.
 static void print_end(const Options *o, long done, long step, double seconds, double stepping) {
     long steps = o->schedule.steps, tokens = (long)o->batch_size * o->seq_len * o->grad_accum;
     if (done && done == steps) printf("%s: all its %ld steps are done already\n", o->save, done);
@@ -3082,7 +3097,6 @@ static void print_end(const Options *o, long done, long step, double seconds, do
            : step == 0 ? ", nothing to save yet"
            : o->load ? "; the same command with --resume in place of --load goes on from there"
            : "; the same command with --resume goes on from there");
-    exit(128 + stop_signal);
 }
 
 static void print_model(const Model *m, int cache) {  // [ATTENTION 1]
@@ -3162,7 +3176,7 @@ static void save_run(const Model *m, const Options *o, FILE *log, long step, con
 
 static const char *const schedule_names[] = {"cosine", "constant", NULL};
 
-static Options opt = {
+static Options opt = {  // [ATTENTION 1]
     .config = {.attention = -1, .position = -1, .latent_norm = -1, .L = -1, .NH = -1, .NKV = -1,
                .C = -1, .block_size = -1, .V = -1, .RQ = -1, .R = -1, .RD = -1, .NOPE = -1},
     .batch_size = -1, .seq_len = -1, .grad_accum = 1, .grad_clip = 1, .seed = 1337,
@@ -3264,7 +3278,8 @@ static Option options[] = {  // [ATTENTION 1]
      DOUBLE, &opt.sampling.temperature, 0, 1e3},
     {"--top-k", "samples come from that many likeliest tokens, 0 for all (0)",
      INT, &opt.sampling.top_k, 0, 65536},
-    {"--cache", "mla: full, latent or absorbed (absorbed)", CHOICE, &opt.cache, 0, 0, cache_names},
+    {"--cache", "mla: full, latent or absorbed (the smallest of full and absorbed)",
+     CHOICE, &opt.cache, 0, 0, cache_names},
     {"--help", "this text", FLAG, &opt.help},
 };
 enum { N_OPTIONS = sizeof options / sizeof *options };
@@ -3509,7 +3524,7 @@ static Model *open_model(const Inputs *in, long *done) {
     const Config *c = &m->c;
     if (opt.seq_len > c->block_size)
         fail(2, "--seq-len %d: the model's block size is %d", opt.seq_len, c->block_size);
-    if (opt.cache > CACHE_FULL && !has_latent(c))
+    if (opt.cache > CACHE_FULL && !has_latent(c))  // [ATTENTION 3]
         fail(2, "--cache %s: attention %s has no latent, expected --cache full",
              cache_names[opt.cache], attention_names[c->attention]);
     return m;
@@ -3533,6 +3548,7 @@ int main(int argc, char **argv) {
     if (opt.help) return print_help(), 0;
     check_options();
     long done = 0;
+    int status = 0;
     Inputs in = open_inputs();
     Model *m = open_model(&in, &done);
     check_inputs(&in, m);
@@ -3546,8 +3562,8 @@ int main(int argc, char **argv) {
         print_evaluation(&e);
     } else if (updating()) {
         m->dropout = opt.dropout;
-        train(m, &opt, &in.train, in.val.n ? &in.val : NULL, &in.tokenizer, log,
-              settings(&in.train), done);
+        status = train(m, &opt, &in.train, in.val.n ? &in.val : NULL, &in.tokenizer, log,
+                       settings(&in.train), done);
     } else if (opt.save) {
         checkpoint_save(m, opt.save, 0, NULL);
         printf("saved %s\n", opt.save);
@@ -3555,6 +3571,6 @@ int main(int argc, char **argv) {
     if (fflush(stdout) || ferror(stdout))
         fail(1, "standard output: cannot write: %s", strerror(errno));
     model_free(m), tokenizer_free(&in.tokenizer), free(in.train.tokens), free(in.val.tokens);
-    return 0;
+    return status;
 }
 #endif

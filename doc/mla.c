@@ -1,6 +1,6 @@
 /*
 The plain twin: one layer of multi-head latent attention (MLA), its backward and its decoder, in
-plain loops over whole arrays. Chapters 5 and 6 of train_gpt2_mla.c do the same, but fast.
+plain loops over whole arrays. Chapters 4, 5 and 10 of train_gpt2_mla.c do the same, but fast.
 
     cc doc/mla.c -lm && ./a.out      checks the decoder, and the backward by finite differences
 
@@ -18,7 +18,7 @@ Weights are (out, in). W' is W transposed. dx is the gradient of the loss with r
 #include <stdio.h>
 #include <string.h>
 
-// No two widths are equal, so that one in another's place shows.
+// No two widths are equal but C and NH*HS, so that one in another's place shows.
 enum { T = 11, NH = 3, HS = 8, C = NH * HS, NOPE = 5, RD = 4, QK = NOPE + RD, R = 12, RQ = 7 };
 
 typedef struct {                            // in the order and layout of checkpoints:
@@ -41,7 +41,7 @@ typedef struct {                            // what the forward makes:
     double heads[T][NH * HS], out[T][C];    // (T, NH*HS) each head's mean of values; (T, C)
 } Activations;
 
-// ---- Layers, for one token. They add to their last arguments; turn and softmax work in place.
+// ---- Layers, for one token. They add to their last arguments, normalize sets its own; turn and softmax work in place.
 static double dot(int n, const double *x, const double *y) {    // x . y: both (n)
     double sum = 0;
     for (int i = 0; i < n; i++) sum += x[i] * y[i];

@@ -115,7 +115,6 @@ row 2 'options: q-rank 129: expected 0 (no query latent) to channels, 128' --q-r
 row 2 'options: attention mha has no latent: q-rank and kv-rank go with mla' --attention mha --kv-rank 8 --train-data text
 row 2 '--latent-norm: attention mha has no latent' --attention mha --latent-norm rmsnorm --train-data text
 row 1 'parameters and optimizer: N MB of memory needed, and not to be had' --channels 65536 --heads 1 --layers 1000 --train-data text --seq-len 8
-row 1 'activations: N MB of memory needed, and not to be had' --batch-size 65536 --seq-len 32 --train-data text
 
 # Token files and texts
 
@@ -219,6 +218,10 @@ checkpoint nope 's/"nope_dim":"6"/"nope_dim":"65000"/' >nope.wide
 row 1 'nope.wide: 1 layers, 8 channels and a vocabulary of 9, more than its data holds' --load nope.wide --train-data text
 checkpoint nope 's/"nope_dim":"6"/"nope_dim":"5"/' >nope.5
 row 1 'nope.5: h.0.attn.q_b_proj.weight has 2 dimensions, 16 by 4; expected (14, 4)' --load nope.5 --train-data text
+checkpoint model 's/"n_head"/"nope_dim":"4","n_head"/' >nope.rope
+row 1 'nope.rope: nope-dim 4: goes with mla decoupled only' --load nope.rope --train-data text
+head -c 70000 /dev/zero | tr '\0' a >long
+row 1 'a batch of 65536 x 65536 tokens: expected at most 67108863 tokens for this model' --attention mha --layers 1 --heads 2 --channels 8 --seq-len 65536 --batch-size 65536 --train-data long
 row 2 '--nope-dim 2: nope has 6' --load nope --nope-dim 2 --train-data text
 checkpoint model 's/"attention":"mha"/"attention":"flash"/' >kind
 row 1 'kind: attention is flash, which this program does not know' --load kind --train-data text
