@@ -996,7 +996,11 @@ static void misuse(int which) {
     if (which == 2) decode(m, cache, tokens, 3), decode(m, cache, tokens, 2);
     if (which == 3) decode(m, cache, tokens, 4);
     if (which == 4) cache_create(m, CACHE_FULL, 1, LENGTH + 1);
-    if (which == 5) model_reserve(m, 2, 6, 1), forward(m, tokens, 1, LENGTH, 1);
+    if (which == 5) {
+        free(m->acts), free(m->act_memory);
+        model_reserve(m, 2, 6, 1);
+        forward(m, tokens, 1, LENGTH, 1);
+    }
     if (which == 6) norm_backward(m, NULL, NULL, NULL, NULL, NULL, 0, NULL, 1, 1000, NONE);
 }
 
