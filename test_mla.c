@@ -176,7 +176,7 @@ static const char *kind_name(const Kind *k) {
     static char name[100];
     int at = snprintf(name, sizeof name, "%s %s", attention_names[k->attention],
                       position_names[k->position]);
-    if (k->attention == MLA) at += snprintf(name + at, sizeof name - at, " %s", norm_names[k->norm]);
+    if (k->norm != NONE) at += snprintf(name + at, sizeof name - at, " %s", norm_names[k->norm]);
     if (k->RQ == 0) at += snprintf(name + at, sizeof name - at, " q_rank 0");
     if (k->NKV != -1) at += snprintf(name + at, sizeof name - at, " %d kv heads", k->NKV);
     if (k->NOPE != -1) snprintf(name + at, sizeof name - at, " nope_dim %d", k->NOPE);
@@ -192,7 +192,9 @@ static Model *model_of_heads(int NH, int HS, const Kind *k, int B, int T) {
     config_complete(&c, 1, "test");
     Model *m = model_create(&c, 1);
     model_init(m, 5);
-    for (size_t i = 0; i < m->n_reals; i++) m->params[i] += (real)(0.2 * random_normal(6, i));
+    for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++)
+        for (size_t i = 0; i < t->size; i++)
+            m->params[t->offset + i] += (real)(0.2 * random_normal(6 + (t - m->tensors), i));
     model_reserve(m, B, T, 1);
     return m;
 }
@@ -567,6 +569,14 @@ static void test_kinds(void) {
         check_below("all positions shifted", kind_name(&kinds[i]),
                     relative_error(m->x_final, before, N * c->C), sizeof(real) == 4 ? 1e-4 : 1e-12);
         m->past = 0;
+        // Nothing of attention's matrices is without use: each row has a gradient.
+        forward_backward(m, x, x, B, T, 1);
+        for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++)
+            for (int r = 0; strstr(t->name, "attn") && t->cols && r < t->rows; r++) {
+                double sum = 0;
+                for (int j = 0; j < t->cols; j++) sum += fabs(m->grads[t->offset + (long)r * t->cols + j]);
+                if (!(sum > 0)) check(t->name, "has a row without a gradient", 0);
+            }
         free(before);
         model_free(m);
     }

@@ -43,14 +43,17 @@ Arrays are row-major; a comment such as (N, C) gives the shape. Weights are (out
 PyTorch. The gradient of the loss with respect to x is called dx.
 
 TO ADD YOUR OWN ATTENTION
-`grep -n 'ATTENTION [123]'` finds every place that a kind must touch:
+`grep -n 'ATTENTION [123]'` finds every place that a kind can touch; most touch a few, and with
+has_latent and the derived widths of Config a kind with a latent gets through many unchanged:
   - [ATTENTION 1], what it is made of: its name, what its configuration derives and allows, its
     tensors in the table, what its forward keeps, its options;
-  - [ATTENTION 2], what it does: a projection, forward and backward (chapter 5);
+  - [ATTENTION 2], what it does (chapter 5): a projection, forward and backward, and which heads
+    have a rotary key of their own (the core takes one each, or one for all: a head stride of 0);
   - [ATTENTION 3], how it decodes: what a cache keeps of a token, and how a query reads it.
-Then add it to `kinds` in test_mla.c and run `make test`: finite differences say whether the
-backward is right, shifted positions whether every head is turned, full passes whether decoding is
-right in every cache. A kind that is added half does not pass.
+Then add it to `kinds` in test_mla.c, its name to dev/test/bad_input.sh, and run `make test`:
+finite differences say whether the backward is right, shifted positions whether every head is
+turned, full passes whether decoding is right in every cache. A kind that is added half does not
+pass.
 */
 #define _POSIX_C_SOURCE 200809L
 #include <errno.h>
@@ -295,9 +298,14 @@ static void config_complete(Config *c, int status, const char *where) {
     if (c->NKV < 1 || c->NH % c->NKV)
         fail(status, "%s: kv-heads %d does not divide heads %d", where, c->NKV, c->NH);
 
-    if (!takes_position[c->attention][c->position])
-        fail(status, "%s: position %s does not go with attention %s (expected learned or %s)",
-             where, position, kind, takes_position[c->attention][ROPE] ? "rope" : "decoupled");
+    if (!takes_position[c->attention][c->position]) {
+        char expected[64] = "";
+        for (int p = 0; p < POSITIONS; p++)
+            if (takes_position[c->attention][p])
+                strcat(strcat(expected, *expected ? " or " : ""), position_names[p]);
+        fail(status, "%s: position %s does not go with attention %s (expected %s)", where, position,
+             kind, expected);
+    }
     int split = c->position == DECOUPLED;  // a head into a part that is rotated and one that is not
     if (c->position == ROPE && c->HS % 2)
         fail(status, "%s: head size %d: position rope turns pairs, expected an even one", where,
@@ -1049,7 +1057,7 @@ static void attention_block_backward(Model *m, int l, Acts *acts, const real *d_
     View out = {acts->att, row, c->HS}, d_out = {m->d.att, row, c->HS};
     d_by_head.k_rope = (View){m->d_k_rope, c->NKV * rope, rope};  // the one difference from d
     attention_backward(m, &a, &d_by_head, out, d_out, acts->lse, B, T);
-    #pragma omp parallel for
+    #pragma omp parallel for  // [ATTENTION 2]
     for (int t = 0; t < N; t++)  // the rotary key is one for all heads: its gradient is their sum
         for (int i = 0; i < rope; i++) {
             real sum = 0;
