@@ -1120,12 +1120,13 @@ int main(int argc, char **argv) {
         {"finite differences", test_finite_differences},
 #endif
         {"kinds", test_kinds}, {"decoding", test_all_decoding}, {"encoding", test_encoding}, {"printing", test_printing}, {"gradient accumulation", test_accumulation},
-        {"threads", test_threads}, {"batches", test_batches}, {"training", test_training}, {"evaluation", test_evaluation}, {"schedule", test_schedule},
+        {"batches", test_batches}, {"training", test_training}, {"evaluation", test_evaluation}, {"schedule", test_schedule},
         {"randomness", test_randomness}, {"initialization", test_initialization}, {"sampling", test_sampling}, {"checkpoints", test_checkpoints},
         {"configurations", test_config}, {"misuse", test_misuse},
 #ifdef REAL_DOUBLE
         {"plain twin", test_twin},
 #endif
+        {"threads", test_threads},
     };
     if (argc == 3 && !strcmp(argv[1], "--misuse")) return misuse(atoi(argv[2])), 0;
     program = argv[0];
