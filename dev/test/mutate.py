@@ -6,7 +6,7 @@ and reports whether the tests notice: caught, with the first check that failed, 
 mistakes are such as one makes: a sign, a dropped term, a wrong index, stride or scale.
 
     dev/test/mutate.py                             all of them, about half an hour
-    dev/test/mutate.py rotate attention_backward   those in functions so named
+    dev/test/mutate.py rotate attention_backward   those in functions (tables, macros) so named
     dev/test/mutate.py --check                     only see whether the table still fits the source
     dev/test/mutate.py --jobs 4                    four at a time
 
@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = "train_gpt2_mla.c"
-TIMEOUT = 1800  # seconds; built at -O1 and on one thread the tests take three minutes and more
+PATIENCE = 4  # tests that take so many times as long as on the source as it is do not end
 # Quickest, measured: -O1 to build and run together, one thread except where a test asks for more.
 CFLAGS = "CFLAGS=-O1 -std=c11"
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
@@ -941,10 +941,10 @@ def start(folder, *command):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def first_failure(test):
-    """What the first line that begins with FAILED says; "" if the tests pass."""
+def first_failure(test, limit):
+    """What the first line that begins with FAILED says; "" if the tests pass within `limit` seconds."""
     stop = lambda: os.killpg(test.pid, signal.SIGKILL)  # with all that it has started
-    timer = threading.Timer(TIMEOUT, stop)
+    timer = threading.Timer(limit, stop)
     timer.start()
     failure = ""
     for line in test.stdout:
@@ -953,13 +953,13 @@ def first_failure(test):
             stop()
             break
     if test.wait() and not failure:
-        failure = "stops early" if timer.is_alive() else f"takes over {TIMEOUT} s"
+        failure = "stops early" if timer.is_alive() else f"takes over {limit:.0f} s"
     timer.cancel()
     test.stdout.close()
     return failure
 
 
-def verdict(tree, source):
+def verdict(tree, source, limit=3600):
     """The first check that fails on `source` in a copy of `tree`, "" if all pass; and the seconds that took.
 
     The tests in double come first: most mistakes are noticed there, and nothing else is built then.
@@ -975,7 +975,7 @@ def verdict(tree, source):
             output = build.communicate()[0]
             if build.returncode:
                 raise RuntimeError("does not compile:\n" + output)
-            failure = first_failure(start(copy, *test))
+            failure = first_failure(start(copy, *test), limit)
             if failure:
                 break
     return failure, time.time() - began
@@ -1019,7 +1019,8 @@ def main():
         print(f"{'':9} passes {took:5.1f} s  {SOURCE} as it is", flush=True)
         pool = concurrent.futures.ThreadPoolExecutor(options.jobs)
         try:
-            running = {pool.submit(verdict, tree, text): (name, what, harmless) for name, what, harmless, text in mutants}
+            running = {pool.submit(verdict, tree, text, PATIENCE * took): (name, what, harmless)
+                       for name, what, harmless, text in mutants}
             for done, future in enumerate(concurrent.futures.as_completed(running), 1):
                 name, what, harmless = running[future]
                 try:
