@@ -5,7 +5,7 @@ Makes one small mistake at a time in a temporary copy of train_gpt2_mla.c, runs 
 and reports whether the tests notice: caught, with the first check that failed, or MISSED. The
 mistakes are such as one makes: a sign, a dropped term, a wrong index, stride or scale.
 
-    dev/test/mutate.py                             all of them, about half an hour
+    dev/test/mutate.py                             all of them, some hours on two cores
     dev/test/mutate.py rotate attention_backward   those in functions (tables, macros) so named
     dev/test/mutate.py --check                     only see whether the table still fits the source
     dev/test/mutate.py --jobs 4                    four at a time
