@@ -351,6 +351,7 @@ static void test_decoding(const char *what, Model *m, int n, int n_prompt) {
                     worst = worse(worst, fabs(logits[b * V + v] - full[(b * n + at) * V + v]));
         }
         check_below(what, cache_names[mode], worst, bound);
+        check(what, "leaves the model without a cache and a past", !m->cache && !m->past);
         for (size_t i = 0; i < size; i++) kept += !isnan(cache->layers[i]);
         check(what, "keeps as many floats per token as it says",
               kept == (size_t)cache_floats(&m->c, mode) * B * n);
@@ -456,12 +457,14 @@ static void test_finite_differences(void) {
 // --- The rest of training
 
 static void test_long_decoding(void) {  // of every kind, from one chunk of keys to the next
-    int T = 2 * CHUNK + 29;
+    int T = 2 * CHUNK + 29, before = omp_get_max_threads();
+    omp_set_num_threads(3);  // whatever the number elsewhere: what they must not share would show
     for (int k = 0; k < N_KINDS; k++) {
         Model *m = model_of_kind(&kinds[k], 3, T);
         test_decoding(kind_name(&kinds[k]), m, T, 2 * CHUNK - 3);
         model_free(m);
     }
+    omp_set_num_threads(before);
 }
 
 // Chunks whose scores differ by more than the exponent of a float holds: the last of three decides.
@@ -987,6 +990,7 @@ static const char *const misuses[] = {
     "matmul: strides 2, 3 and 1, 8: expected one of each two to be 1",
     "decode: 2 tokens for a cache that holds 3, expected 1",
     "decode: 4 tokens after 0, expected at most the cache's 3",
+    "decode: 1 tokens after 3, expected at most the cache's 3",
     "a cache of 9 tokens: the model's block size is 8",
     "a pass over 1 x 8 tokens: model_reserve was asked for 12 in sequences of 6",
     "a gradient of 2000 sums over tokens: expected at most 192, twice the widest bias",
@@ -997,7 +1001,7 @@ static void misuse(int which) {
     Model *m = small_model(MLA, DECOUPLED, 1, LENGTH);
     real x[64] = {0};
     int tokens[LENGTH] = {0};
-    Cache *cache = cache_create(m, CACHE_ABSORBED, 1, which == 3 ? 3 : LENGTH);
+    Cache *cache = cache_create(m, CACHE_ABSORBED, 1, which == 3 || which == 4 ? 3 : LENGTH);
     if (which == 0) {
         #pragma omp parallel num_threads(2)
         matmul(x, 8, rows_of(x, 8), transposed(x, 8), 8, 8, 8, NULL, 0);
@@ -1005,13 +1009,14 @@ static void misuse(int which) {
     if (which == 1) matmul(x, 8, (Mat){x, 2, 3}, transposed(x, 8), 2, 2, 2, NULL, 0);
     if (which == 2) decode(m, cache, tokens, 3), decode(m, cache, tokens, 2);
     if (which == 3) decode(m, cache, tokens, 4);
-    if (which == 4) cache_create(m, CACHE_FULL, 1, LENGTH + 1);
-    if (which == 5) {
+    if (which == 4) decode(m, cache, tokens, 3), decode(m, cache, tokens, 1);
+    if (which == 5) cache_create(m, CACHE_FULL, 1, LENGTH + 1);
+    if (which == 6) {
         free(m->acts), free(m->act_memory);
         model_reserve(m, 2, 6, 1);
         forward(m, tokens, 1, LENGTH, 1);
     }
-    if (which == 6) norm_backward(m, NULL, NULL, NULL, NULL, NULL, 0, NULL, 1, 1000, NONE);
+    if (which == 7) norm_backward(m, NULL, NULL, NULL, NULL, NULL, 0, NULL, 1, 1000, NONE);
 }
 
 static const char *program;  // how this one was called
