@@ -1074,6 +1074,7 @@ static void test_twin(void) {
     size_t n = sizeof w / sizeof(double);
     config_complete(&c, 1, "test");
     Model *m = model_create(&c, 1);
+    model_init(m, 1);  // a tensor of your own, which the twin lacks, keeps its initial value
     model_reserve(m, 1, T, 1);
     for (size_t i = 0; i < n; i++) ((double *)&w)[i] = random_normal(21, i) / 2;
     for (int t = 0; t < T; t++)
@@ -1143,6 +1144,7 @@ int main(int argc, char **argv) {
     for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
         int before = passed;
         tests[i].test();
+        if (passed == before) continue;  // of the other build
         printf("%s: %-22s %4d checks\n", sizeof(real) == sizeof(float) ? "float " : "double", tests[i].what, passed - before);
         fflush(stdout);
     }
