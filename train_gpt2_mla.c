@@ -961,7 +961,7 @@ static void mla_latents(Model *m, int l, const Acts *acts, int N) {
                      c->latent_norm);
 }
 
-// [c_; k_rope_] = [W_DKV; W_KR] x, side by side in kv_a, and c = norm(c_) (20, 23)
+// [ATTENTION 2] [c_; k_rope_] = [W_DKV; W_KR] x, side by side in kv_a, and c = norm(c_) (20, 23)
 // q_ = W_UQ norm(W_DQ x) (22), or W_Q x
 static void mla_forward(Model *m, int l, Acts *acts, int N) {
     const Config *c = &m->c;
@@ -978,9 +978,10 @@ static void mla_up_project(Model *m, int l, Acts *acts, int N) {
     linear_forward(acts->kv, m->latent, m->w[l][KVB_W], NULL, N, m->c.R, m->c.kv_row);
 }
 
-// Called at the end of attention_block_backward. By then d.kv holds [dk_nope; dv], d.q the gradient
-// of q_, and the last columns of d.kv_a that of k_rope_ (23d). The latents are made again; then
-// keys and values go from the last step of the forward to the first, and the queries likewise.
+// [ATTENTION 2] Called at the end of attention_block_backward. By then d.kv holds [dk_nope; dv],
+// d.q the gradient of q_, and the last columns of d.kv_a that of k_rope_ (23d). The latents are made
+// again; then keys and values go from the last step of the forward to the first, and the queries
+// likewise.
 static void mla_backward(Model *m, int l, const Acts *acts, int N) {
     const Config *c = &m->c;
     real **w = m->w[l], **g = m->g[l];
