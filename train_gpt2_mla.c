@@ -979,9 +979,9 @@ static void mla_up_project(Model *m, int l, Acts *acts, int N) {
 }
 
 // [ATTENTION 2] Called at the end of attention_block_backward. By then d.kv holds [dk_nope; dv],
-// d.q the gradient of q_, and the last columns of d.kv_a that of k_rope_ (23d). The latents are made
-// again; then keys and values go from the last step of the forward to the first, and the queries
-// likewise.
+// d.q the gradient of q_, and the last columns of d.kv_a that of k_rope_ (23d). The latents are
+// made again; then keys and values go from the last step of the forward to the first, and the
+// queries likewise.
 static void mla_backward(Model *m, int l, const Acts *acts, int N) {
     const Config *c = &m->c;
     real **w = m->w[l], **g = m->g[l];
