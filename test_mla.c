@@ -630,7 +630,8 @@ static void test_printing(void) {  // what could upset a terminal stays out, cha
         {"\xf0\x9f\x99\x82", "\xf0\x9f\x99\x82"}, {"\x9b" "1m\x80", "1m"},   // U+009B by itself,
         {"\xc2\x9b" "1m\xc2\xa9", "\xc2" "1m\xc2\xa9"},                      // as UTF-8,
         {"\xe0\x80\x9b" "1m", "\xe0" "1m"}, {"\xf0\x80\x80\x9b", "\xf0"},     // and in longer forms
-        {"\xe9t\xe9", "\xe9t\xe9"}, {"\xc3x\x9b", "\xc3x"}};
+        {"\xe9t\xe9", "\xe9t\xe9"}, {"\xc3x\x9b", "\xc3x"}, {"\xf5\x80\x9b", "\xf5"},
+        {"\xe2\xe2\x80\x9c", "\xe2\xe2\x80\x9c"}, {"\xc3\xa9\x9b", "\xc3\xa9"}};
     Tokenizer bytes = tokenizer_bytes();
     int out = dup(1), wrong = 0;
     char path[] = "/tmp/test_mla_XXXXXX";
