@@ -339,7 +339,7 @@ static void test_decoding(const char *what, Model *m, int n, int n_prompt) {
     for (int b = 0; b < B; b++) full_logits(m, full + b * n * V, tokens, n, b);
     for (int mode = 0; mode < modes; mode++) {
         Cache *cache = cache_create(m, mode, B, n);
-        size_t size = cache->layer_size * m->c.L + NR, kept = 0;
+        size_t size = cache->sequence_size * B * m->c.L + NR, kept = 0;
         double worst = 0;
         for (size_t i = 0; i < size; i++) cache->layers[i] = NAN;
         for (int at = n_prompt - 1, T = n_prompt; at < n; at++, T = 1) {

@@ -99,6 +99,7 @@ static void fail(int status, const char *format, ...);
 static const double PI = 3.14159265358979323846;
 static int min_int(int a, int b) { return a < b ? a : b; }
 static int max_int(int a, int b) { return a > b ? a : b; }
+static long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
 // Memory of `bytes`, zeroed, aligned to a cache line; `what` names it should there be too little.
 static void *allocate(size_t bytes, const char *what);
@@ -446,7 +447,6 @@ struct Model {
     real *params, *grads, *adam_m, *adam_v;   // the last three only when training
     Layer *w, *g;                             // L of each: pointers into params and grads
     real *rope_cos, *rope_sin;                // (block_size, RD/2)
-    void *memory;                             // what params to rope_sin are cut from
     // Activations, for at most max_N tokens.
     int max_N, max_T, head_rows;
     void *act_memory;              // what these are cut from
@@ -503,7 +503,7 @@ enum { SMALL = 8192 };
 // about the rows that it computed and still has in its cache. A multiple of 1024, so that where a
 // vector loop ends, and with it the last bit of a result, does not depend on the number of threads.
 static inline long range_of_thread(long n) {
-    return ((n - 1) / omp_get_max_threads() / 1024 + 1) * 1024;
+    return round_up((n - 1) / omp_get_max_threads() + 1, 1024);
 }
 
 // Room for the pieces' sums, `row` numbers each.
@@ -766,8 +766,6 @@ typedef struct {
     real *q, *d_out;    // (STRIP, QK), (STRIP, HS)
 } Room;
 
-static size_t whole_panels(int n) { return (n + NR - 1) / NR * NR; }
-
 // That of the calling thread, for sequences of T tokens (chapter 12).
 static Room room_of_thread(const Model *m, const Heads *a, int T);
 
@@ -783,10 +781,6 @@ static void join_keys(Room *r, const Heads *a, long first, int g, int T) {
     pack_panels(r->kt, transposed(r->keys, QK), QK, T);
 }
 
-// n, rounded up to whole vectors: a loop's last few numbers, one by one, would take longer than a
-// vector does.
-static int whole_vectors(int n) { return (n + VW - 1) / VW * VW; }
-
 // Queries i0 .. i0+rows-1 of head h of the sequence that starts at token `first`, whose keys and
 // values up to `packed` lie in r.
 static void forward_strip(const Model *m, const Heads *a, const Room *r, View out, real *lse,
@@ -798,7 +792,8 @@ static void forward_strip(const Model *m, const Heads *a, const Room *r, View ou
     // s = q k' (11)
     multiply_panels(r->s, r->row, q, r->kt, QK, rows, keys, QK, NULL, 0);
     for (int i = 0; i < rows; i++) {
-        int seen = i0 + i + 1, whole = whole_vectors(seen);  // keys 0 .. i0+i
+        // keys 0 .. i0+i; a loop's last few numbers, one by one, would take longer than a vector
+        int seen = i0 + i + 1, whole = round_up(seen, VW);
         real *si = r->s + i * r->row;
         for (int j = seen; j < whole; j++) si[j] = -INFINITY;  // exp_row makes e^-60 of it
         real max = largest(si, whole);
@@ -851,7 +846,7 @@ static void backward_strip(const Model *m, const Heads *a, const Heads *d, const
         #pragma omp simd reduction(+:D)
         for (int e = 0; e < HS; e++) D += oi[e] * d_oi[e];
         #pragma omp simd
-        for (int j = 0; j < whole_vectors(seen); j++) {
+        for (int j = 0; j < round_up(seen, VW); j++) {
             si[j] = fast_exp(scale * si[j] - li);         // p (12)
             dsi[j] = scale * si[j] * (dsi[j] - D);        // ds
         }
@@ -973,11 +968,6 @@ static void mla_forward(Model *m, int l, Acts *acts, int N) {
     else linear_forward(acts->q, m->norm, w[Q_W], NULL, N, c->C, c->q_row);
 }
 
-// [k_nope; v] = W_UKV c for every key/value head (21)
-static void mla_up_project(Model *m, int l, Acts *acts, int N) {
-    linear_forward(acts->kv, m->latent, m->w[l][KVB_W], NULL, N, m->c.R, m->c.kv_row);
-}
-
 // [ATTENTION 2] Called at the end of attention_block_backward. By then d.kv holds [dk_nope; dv],
 // d.q the gradient of q_, and the last columns of d.kv_a that of k_rope_ (23d). The latents are
 // made again; then keys and values go from the last step of the forward to the first, and the
@@ -1016,8 +1006,10 @@ static void project(Model *m, int l, Acts *acts, int N) {
     else qkv_forward(m, l, acts, N);
 }
 
+// [k_nope; v] = W_UKV c for every key/value head (21)
 static void up_project(Model *m, int l, Acts *acts, int N) {
-    if (has_latent(&m->c)) mla_up_project(m, l, acts, N);
+    if (!has_latent(&m->c)) return;
+    linear_forward(acts->kv, m->latent, m->w[l][KVB_W], NULL, N, m->c.R, m->c.kv_row);
 }
 
 static void project_backward(Model *m, int l, const Acts *acts, int N) {
@@ -1447,8 +1439,8 @@ static int cache_mode(const Config *c) {
 struct Cache {
     int mode, B;                  // sequences
     int used, capacity, places;   // tokens of each: so far, at most; capacity in whole panels
-    size_t layer_size;            // reals per layer
-    real *layers;
+    size_t sequence_size;         // reals of one sequence in one layer
+    real *layers;                 // (L, B, sequence_size)
     real *chunks, *scores;        // (B, NH, chunks, value+2), per thread (NH, CHUNK)
     real *q_lat, *o_lat;          // (B, NH, R+rope), (B, NH, R) absorbed
     real *kv;                     // latent: per thread (NOPE+HS, CHUNK), a head's keys and values
@@ -1460,7 +1452,7 @@ static void place_cache(const Model *m, Cache *cache, Arena *arena) {
     int absorbed = cache->mode == CACHE_ABSORBED, latent = cache->mode == CACHE_LATENT;
     size_t B = cache->B, NH = c->NH, threads = omp_get_max_threads();
     size_t chunks = (cache->places + CHUNK - 1) / CHUNK;
-    cache->layers = take(arena, cache->layer_size * c->L + NR);  // tiles read past the last row
+    cache->layers = take(arena, c->L * B * cache->sequence_size + NR);  // tiles read past the end
     cache->chunks = take(arena, B * NH * chunks * (max_int(c->HS, c->R) + 2));
     cache->scores = take(arena, threads * NH * CHUNK);
     cache->q_lat = take(arena, absorbed * B * NH * c->kv_a_row);
@@ -1473,8 +1465,8 @@ static Cache *cache_create(const Model *m, int mode, int B, int capacity) {
     if (capacity > m->c.block_size)
         fail(1, "a cache of %d tokens: the model's block size is %d", capacity, m->c.block_size);
     Cache *cache = allocate(sizeof *cache, "cache");
-    *cache = (Cache){.mode = mode, .B = B, .capacity = capacity, .places = whole_panels(capacity)};
-    cache->layer_size = (size_t)cache_floats(&m->c, mode) / m->c.L * B * cache->places;
+    *cache = (Cache){.mode = mode, .B = B, .capacity = capacity, .places = round_up(capacity, NR)};
+    cache->sequence_size = (size_t)cache_floats(&m->c, mode) / m->c.L * cache->places;
     Arena arena = {0};
     place_cache(m, cache, &arena);
     arena_allocate(&arena, "KV cache");
@@ -1487,34 +1479,32 @@ static void cache_free(Cache *cache) {
     free(cache);
 }
 
-// [ATTENTION 3] Keys and values where a cache has them: views of sequence 0's, and how far on the
-// next sequence's are. k and k_rope lie in panels. If `up` is set, W_UKV, k views latents
+// [ATTENTION 3] Keys and values where a cache has them: views of sequence 0's; those of the next
+// are sequence_size further on. k and k_rope lie in panels. If `up` is set, W_UKV, k views latents
 // (places, R), of which a query has yet to make keys and values; with keys_in_rows, there is no
 // k_rope.
 typedef struct {
     Heads heads;
-    long k_sequence, k_rope_sequence, v_sequence;
     const real *up;
     int keys_in_rows;
 } Cached;
 
-static real *cache_layer(const Model *m, int l) {
-    return m->cache->layers + l * m->cache->layer_size;
+static real *cached_sequence(const Model *m, int l, int b) {  // (sequence_size)
+    return m->cache->layers + ((long)l * m->cache->B + b) * m->cache->sequence_size;
 }
 
 static Cached cached_heads(const Model *m, int l) {  // [ATTENTION 3] of layer l, full or latent
     const Config *c = &m->c;
     int latent = m->cache->mode == CACHE_LATENT, k = latent ? c->R : c->NOPE;
-    long places = m->cache->places, B = m->cache->B;
+    long places = m->cache->places;
     long keys = places * k * (latent ? 1 : c->NKV), values = latent ? 0 : places * c->NKV * c->HS;
-    real *base = cache_layer(m, l);
+    real *base = cached_sequence(m, l, 0);
     Heads h = {.heads = c->NH, .kv_heads = c->NKV, .nope = c->NOPE, .rope = c->rope,
                .value = c->HS,
                .k = {base, k, latent ? 0 : places * k},
-               .v = {base + B * keys, c->HS, latent ? 0 : places * c->HS},
-               .k_rope = {base + B * (keys + values), c->rope, 0}};
-    return (Cached){.heads = h, .k_sequence = keys, .v_sequence = values,
-                    .k_rope_sequence = places * c->rope, .up = latent ? m->w[l][KVB_W] : NULL};
+               .v = {base + keys, c->HS, latent ? 0 : places * c->HS},
+               .k_rope = {base + keys + values, c->rope, 0}};
+    return (Cached){.heads = h, .up = latent ? m->w[l][KVB_W] : NULL};
 }
 
 // Where the numbers of key `at`, n of them, stand among panels: NR apart.
@@ -1538,23 +1528,23 @@ static void cache_append(Model *m, int l, const Acts *acts, int B, int T) {
         for (int t = 0; t < T; t++) {
             long n = (long)b * T + t, at = m->past + t;
             if (cache->mode == CACHE_ABSORBED) {
-                real *row = cache_layer(m, l) + ((long)b * cache->places + at) * c->kv_a_row;
+                real *row = cached_sequence(m, l, b) + at * c->kv_a_row;
                 memcpy(row, m->latent + n * R, R * sizeof(real));
                 memcpy(row + R, head_at(from.k_rope, n, 0), rope * sizeof(real));
                 continue;
             }
             Cached to = cached_heads(m, l);
-            real *k_rope = to.heads.k_rope.p + b * to.k_rope_sequence;
+            long sequence = b * cache->sequence_size;
             for (int g = 0; g < (to.up ? 1 : c->NKV); g++) {
-                real *k = head_at(to.heads.k, 0, g) + b * to.k_sequence;
+                real *k = head_at(to.heads.k, 0, g) + sequence;
                 if (to.up) panel_put(k, at, m->latent + n * R, R);
                 else {
-                    real *v = head_at(to.heads.v, at, g) + b * to.v_sequence;
+                    real *v = head_at(to.heads.v, at, g) + sequence;
                     panel_put(k, at, head_at(from.k, n, g), c->NOPE);
                     memcpy(v, head_at(from.v, n, g), c->HS * sizeof(real));
                 }
             }
-            panel_put(k_rope, at, head_at(from.k_rope, n, 0), rope);
+            panel_put(to.heads.k_rope.p + sequence, at, head_at(from.k_rope, n, 0), rope);
         }
 }
 
@@ -1586,9 +1576,9 @@ static void query_chunk(const Model *m, const Cached *cached, int b, int g, int 
     int n = min_int(CHUNK, keys - first), thread = omp_get_thread_num();
     real *o = chunk_result(m, b, g * group, chunk, chunks, value);     // (group, o_row)
     real *s = m->cache->scores + (long)thread * m->c.NH * CHUNK;       // (group, CHUNK)
-    const real *pk = head_at(a->k, first, g) + b * cached->k_sequence;
-    const real *pv = head_at(a->v, first, g) + b * cached->v_sequence;
-    const real *pk_rope = head_at(a->k_rope, first, g) + b * cached->k_rope_sequence;
+    long sequence = b * m->cache->sequence_size;
+    const real *pk = head_at(a->k, first, g) + sequence, *pv = head_at(a->v, first, g) + sequence;
+    const real *pk_rope = head_at(a->k_rope, first, g) + sequence;
     Mat q = rows_of(head_at(a->q, b, g * group), a->q.head), q_rope = mat_from(q, 0, a->nope);
     Mat k = cached->keys_in_rows ? transposed(pk, a->k.token) : rows_of(pk, NR);  // (nope, n)
     Mat v = rows_of(pv, a->v.token);                                      // (n, value)
@@ -1661,12 +1651,10 @@ static void absorbed_query(Model *m, int l, View q, View out, int B, int keys) {
         for (int b = 0; b < B; b++)
             memcpy(head_at(q_lat, b, h) + R, head_at(q, b, h) + NOPE, c->rope * sizeof(real));
     }
-    View latents = {cache_layer(m, l), row, 0};
-    long sequence = (long)m->cache->places * row;
+    View latents = {cached_sequence(m, l, 0), row, 0};
     Heads mqa = {.heads = NH, .kv_heads = 1, .nope = row, .rope = 0, .value = R, .q = q_lat,
                  .k = latents, .v = latents, .k_rope = latents};
-    Cached cached = {.heads = mqa, .k_sequence = sequence, .v_sequence = sequence,
-                     .keys_in_rows = 1};
+    Cached cached = {.heads = mqa, .keys_in_rows = 1};
     attention_query(m, &cached, o_lat, B, keys);
     #pragma omp parallel for
     for (int h = 0; h < NH; h++) {  // out = W_UV o_lat (26)
@@ -1898,7 +1886,7 @@ enum { GAP = 0 };
 
 static real *take(Arena *arena, size_t n) {
     real *p = arena->base ? arena->base + arena->used : NULL;
-    size_t whole = ((n + 15) & ~(size_t)15) + GAP;  // to the next cache line
+    size_t whole = round_up(n, 16) + GAP;  // to the next cache line
     if (p) ASAN_UNPOISON_MEMORY_REGION(p, whole * sizeof(real));  // a room may be cut anew
     if (p && !arena->overlap) ASAN_POISON_MEMORY_REGION(p + n, (whole - n) * sizeof(real));
     arena->used += whole;
@@ -1906,17 +1894,6 @@ static real *take(Arena *arena, size_t n) {
 }
 
 // --- The model's memory
-
-static void place_params(Model *m, Arena *arena, int training) {
-    m->params = take(arena, m->n_reals);
-    if (training) {
-        m->grads = take(arena, m->n_reals);
-        m->adam_m = take(arena, m->n_reals);
-        m->adam_v = take(arena, m->n_reals);
-    }
-    m->rope_cos = take(arena, (size_t)m->c.block_size * m->c.RD / 2);
-    m->rope_sin = take(arena, (size_t)m->c.block_size * m->c.RD / 2);
-}
 
 // Lists the tensors, in the order of the table, layer by layer.
 static void list_tensors(Model *m) {
@@ -1946,12 +1923,15 @@ static Model *model_create(const Config *c, int training) {
     Model *m = allocate(sizeof *m, "model");
     m->c = *c;
     list_tensors(m);
-    Arena arena = {0};
-    place_params(m, &arena, training);
-    arena_allocate(&arena, "parameters and optimizer");
-    place_params(m, &arena, training);
-    m->memory = arena.base;
-
+    size_t bytes = m->n_reals * sizeof(real), angles = (size_t)c->block_size * (c->RD / 2);
+    m->params = allocate(bytes, "parameters");
+    if (training) {
+        m->grads = allocate(bytes, "gradients");
+        m->adam_m = allocate(bytes, "optimizer");
+        m->adam_v = allocate(bytes, "optimizer");
+    }
+    m->rope_cos = allocate(angles * sizeof(real), "rotary table");
+    m->rope_sin = allocate(angles * sizeof(real), "rotary table");
     m->w = allocate(sizeof(Layer) * c->L, "layer list");
     m->g = allocate(sizeof(Layer) * c->L, "layer list");
     for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++)
@@ -1964,14 +1944,14 @@ static Model *model_create(const Config *c, int training) {
 }
 
 static Room place_room(Arena *arena, int QK, int HS, int T) {
-    size_t t = whole_panels(T);
+    size_t t = round_up(T, NR);
     Room r = {.row = t / 32 * 32 + 48};
     r.s = take(arena, STRIP * r.row), r.ds = take(arena, STRIP * r.row);
     r.keys = take(arena, T * QK), r.dk = take(arena, T * QK);
     r.kt = take(arena, QK * t), r.vt = take(arena, HS * t);
-    r.k = take(arena, T * whole_panels(QK)), r.v = take(arena, T * whole_panels(HS));
-    r.q = take(arena, STRIP * whole_panels(QK));
-    r.d_out = take(arena, STRIP * whole_panels(HS));
+    r.k = take(arena, T * round_up(QK, NR)), r.v = take(arena, T * round_up(HS, NR));
+    r.q = take(arena, STRIP * round_up(QK, NR));
+    r.d_out = take(arena, STRIP * round_up(HS, NR));
     return r;
 }
 
@@ -2045,21 +2025,17 @@ static void model_reserve(Model *m, int B, int T, int training) {
 }
 
 static void model_free(Model *m) {
-    free(m->tensors), free(m->w), free(m->g), free(m->memory), free(m->acts), free(m->act_memory);
+    free(m->params), free(m->grads), free(m->adam_m), free(m->adam_v), free(m->rope_cos);
+    free(m->rope_sin), free(m->tensors), free(m->w), free(m->g), free(m->acts), free(m->act_memory);
     free(m);
 }
 
 // ==== 13  MATRIX PRODUCT ========================================================================
 //
-// Nearly all time goes into products c = a b. How they come near to what the processor can do is
-// told in section 14 of the writeup: a TILE of MR x NR sums of c stays in registers while k runs
-// over all terms; b, and a if its columns are contiguous, is copied to PANELS that the tile reads
-// strictly forwards, which also absorbs transposes; who packs what depends on the shape. In this
-// chapter M, N, K are rows, columns and the length of the sums.
-//
-// In which order an element of c is summed depends on shapes and strides alone (that of k, KC at a
-// time; with few rows in other steps), never on which thread does it or how c is cut up: results do
-// not depend on the number of threads.
+// Nearly all time goes into products c = a b, M rows, N columns, sums of K terms. Section 14 of the
+// writeup tells how they come near to what the processor can do: a TILE of MR x NR sums stays in
+// registers, PANELS are read strictly forwards. The order in which an element of c is summed
+// depends on shapes and strides alone, never on the number of threads.
 
 // A vector of VECTOR_BYTES that may lie anywhere in an array of reals.
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
@@ -2296,7 +2272,7 @@ static void multiply_shared(real *c, long c_row, Mat a, Mat b, int M, int N, int
                             const real *start, long start_row) {
     int threads = omp_get_max_threads(), taken[threads];
     int groups = threads * ((M - 1) / (threads * MC) + 1);  // of rows, about as many for each
-    int height = ((M - 1) / groups / MR + 1) * MR, units = (M - 1) / height + 1;  // whole tiles
+    int height = round_up((M - 1) / groups + 1, MR), units = (M - 1) / height + 1;  // whole tiles
     #pragma omp parallel
     for (int j0 = 0; j0 < N; j0 += NC)
         for (int k = 0; k < K; k += KC) {
@@ -2329,7 +2305,7 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K,
     int threads = omp_get_max_threads(), packed = a.col != 1;
     check_matmul(a, b);
     if (M <= FEW && !packed && b.row == 1) {
-        int columns = M == 1 ? 64 : ((N - 1) / threads / MR + 1) * MR;  // few_dots: streams of 8
+        int columns = M == 1 ? 64 : round_up((N - 1) / threads + 1, MR);  // few_dots: streams of 8
         #pragma omp parallel for
         for (int j = 0; j < N; j += columns)
             matmul_few(c + j, c_row, a, mat_from(b, 0, j), M, min_int(columns, N - j), K,
@@ -2344,9 +2320,9 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K,
             for (int n = across + 1; n <= threads; n++)  // for each thread, of least rows + columns
                 if (threads % n == 0 && M * n / threads + N / n < M * across / threads + N / across)
                     across = n;
-            groups = max_int(threads / across, 1), width = ((N - 1) / across / NR + 1) * NR;
+            groups = max_int(threads / across, 1), width = round_up((N - 1) / across + 1, NR);
         }
-        int height = ((M - 1) / groups / MR + 1) * MR;
+        int height = round_up((M - 1) / groups + 1, MR);
         #pragma omp parallel for collapse(2) schedule(dynamic)
         for (int i = 0; i < M; i += height)
             for (int j = 0; j < N; j += width)

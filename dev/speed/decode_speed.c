@@ -53,7 +53,7 @@ static void count_work(Row *r, int context, int B) {
 static double decode_rate(Model *m, int mode, int context, int B) {
     int tokens[1024], steps = 0;
     Cache *cache = cache_create(m, mode, B, context + 64);
-    size_t size = cache->layer_size * m->c.L;
+    size_t size = cache->sequence_size * cache->B * m->c.L;
     #pragma omp parallel for
     for (size_t i = 0; i < size; i++)
         cache->layers[i] = (real)((int)(random_bits(1, i) >> 40) * 0x1p-24 - 0.5);

@@ -114,7 +114,7 @@ row 2 'options: kv-rank 129: expected 1 to channels, 128' --kv-rank 129 --train-
 row 2 'options: q-rank 129: expected 0 (no query latent) to channels, 128' --q-rank 129 --train-data text
 row 2 'options: attention mha has no latent: q-rank and kv-rank go with mla' --attention mha --kv-rank 8 --train-data text
 row 2 '--latent-norm: attention mha has no latent' --attention mha --latent-norm rmsnorm --train-data text
-row 1 'parameters and optimizer: N MB of memory needed, and not to be had' --channels 65536 --heads 1 --layers 1000 --train-data text --seq-len 8
+row 1 'parameters: N MB of memory needed, and not to be had' --channels 65536 --heads 1 --layers 1000 --train-data text --seq-len 8
 
 # Token files and texts
 
@@ -360,7 +360,7 @@ fi
 if { (ulimit -v 300000 && OMP_NUM_THREADS=1 $RUN "$program" --help); } >out 2>&1; then
     little_memory() { (ulimit -v 300000; OMP_NUM_THREADS=1; export OMP_NUM_THREADS; "$@"); }
     under=little_memory
-    row 1 'parameters and optimizer: N MB of memory needed, and not to be had' --channels 1024 --layers 8 --train-data text --seq-len 8
+    row 1 'parameters: N MB of memory needed, and not to be had' --channels 1024 --layers 8 --train-data text --seq-len 8
     row 1 'activations: N MB of memory needed, and not to be had' --channels 256 --batch-size 200 --seq-len 32 --train-data text
     under=
 else echo "bad input: not run: little memory (this program does not start under ulimit -v 300000)"; fi
