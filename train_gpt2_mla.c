@@ -2652,6 +2652,15 @@ static const ConfigKey config_keys[] = {  // [ATTENTION 1]
 };
 enum { CONFIG_KEYS = sizeof config_keys / sizeof *config_keys };
 
+// What a configuration has for a key; NULL where it need not say it.
+static const char *config_text(const Config *c, const ConfigKey *k) {
+    static char number[16];
+    int value = *(const int *)((const char *)c + k->offset);
+    if (k->optional && (c->position != DECOUPLED || c->NOPE == c->HS - c->RD)) return NULL;
+    snprintf(number, sizeof number, "%d", value);
+    return k->names ? k->names[value] : number;
+}
+
 // --- Writing
 
 // A checkpoint has one set of tensors, or three.
@@ -2667,10 +2676,10 @@ static char *temporary_name(const char *path) {
     return name;
 }
 
-// Fails unless `path` is free, empty, or a file of the right kind, with the text `like` at byte
-// `at` (beginning: or the beginning of one): nothing else is ever replaced.
-static void check_replaceable(const char *path, const char *kind, const char *like, long at,
-                              int beginning) {
+// Fails unless `path` is free, empty, or a file of the right kind, with the text `like`, or that of
+// older files, at byte `at` (beginning: or the beginning of one): nothing else is ever replaced.
+static void check_replaceable(const char *path, const char *kind, const char *like,
+                              const char *older, long at, int beginning) {
     char found[64] = {0};
     struct stat st;
     if (stat(path, &st)) return;
@@ -2679,8 +2688,12 @@ static void check_replaceable(const char *path, const char *kind, const char *li
     FILE *f = fopen(path, "rb");
     if (!f)
         fail(1, "%s: exists and cannot be read: %s; will not replace it", path, strerror(errno));
-    size_t n = !fseek(f, at, SEEK_SET) ? fread(found, 1, strlen(like), f) : 0;
-    if (st.st_size && (memcmp(found, like, n) || n < (beginning ? 1 : strlen(like))))
+    int ours = !st.st_size;
+    for (const char *text = like; text; text = text == like ? older : NULL) {
+        size_t length = strlen(text), n = !fseek(f, at, SEEK_SET) ? fread(found, 1, length, f) : 0;
+        ours |= !memcmp(found, text, n) && n >= (beginning ? 1 : length);
+    }
+    if (!ours)
         fail(1, "%s: exists and is no %s of this program; will not replace it", path, kind);
     fclose(f);
 }
@@ -2689,8 +2702,8 @@ static void check_replaceable(const char *path, const char *kind, const char *li
 static void check_checkpoint_writable(const char *path) {
     static const char like[] = "{\"__metadata__\":{\"format\":\"train_gpt2_mla\"";
     char *temporary = temporary_name(path);
-    check_replaceable(path, "checkpoint", like, 8, 0);
-    check_replaceable(temporary, "checkpoint", like, 8, 1);
+    check_replaceable(path, "checkpoint", like, NULL, 8, 0);
+    check_replaceable(temporary, "checkpoint", like, NULL, 8, 1);
     FILE *f = fopen(temporary, "wb");
     if (!f) fail(1, "%s: cannot write: %s", path, strerror(errno));
     fclose(f);
@@ -2712,10 +2725,8 @@ static void checkpoint_save(const Model *m, const char *path, long step, const c
     fwrite(&length, 8, 1, f);  // known only after the header
     fprintf(f, "{\"__metadata__\":{\"format\":\"train_gpt2_mla\"");
     for (const ConfigKey *k = config_keys; k < config_keys + CONFIG_KEYS; k++) {
-        int value = *(const int *)((const char *)&m->c + k->offset);
-        if (k->optional && (m->c.position != DECOUPLED || m->c.NOPE == m->c.HS - m->c.RD)) continue;
-        if (k->names) fprintf(f, ",\"%s\":\"%s\"", k->key, k->names[value]);
-        else fprintf(f, ",\"%s\":\"%d\"", k->key, value);
+        const char *value = config_text(&m->c, k);
+        if (value) fprintf(f, ",\"%s\":\"%s\"", k->key, value);
     }
     if (settings) fprintf(f, ",\"step\":\"%ld\",\"settings\":\"%s\"", step, settings);
     fprintf(f, "}");
@@ -3116,21 +3127,35 @@ static void catch_signals(void) {
     fflush(stdout);
 }
 
-static const char log_header[] = "step,loss,lr,grad_norm,val_loss,tok_per_s,seconds\n";
+// A log says in lines that begin with # what was run (older ones do not), then has a row per step.
+static const char log_title[] = "# a log of train_gpt2_mla\n";
+static const char log_columns[] = "step,loss,lr,grad_norm,val_loss,tok_per_s,seconds\n";
 
-// Opens the log. A resumed run keeps the header and the rows of the steps that are done, and
-// appends to them.
-static FILE *log_open(const char *path, long done) {
-    char row[256];
+static void log_begin(FILE *f, const Model *m, const char *settings) {
+    const char *value, *between = "";
+    fprintf(f, "%s# configuration: ", log_title);
+    for (const ConfigKey *k = config_keys; k < config_keys + CONFIG_KEYS; k++)
+        if ((value = config_text(&m->c, k))) {
+            fprintf(f, "%s%s %s", between, k->key, value);
+            between = ", ";
+        }
+    fprintf(f, "\n# parameters: %zu\n# settings: %s\n# vector bytes: %d\n%s", m->n_params, settings,
+            VECTOR_BYTES, log_columns);
+}
+
+// Opens the log. A resumed run keeps what stands before the rows and those of the steps that are
+// done, and appends to them.
+static FILE *log_open(const char *path, const Model *m, const char *settings, long done) {
+    char row[2048];
     long kept = 0;
-    check_replaceable(path, "log", log_header, 0, 0);
+    check_replaceable(path, "log", log_title, log_columns, 0, 0);
     FILE *f = fopen(path, done ? "a+b" : "wb");
     if (!f) fail(1, "%s: cannot write: %s", path, strerror(errno));
     if (done) rewind(f);
     while (done && fgets(row, sizeof row, f) && strchr(row, '\n') &&
            (kept == 0 || atol(row) <= done))
         kept = ftell(f);
-    if (!kept) fputs(log_header, f);
+    if (!kept) log_begin(f, m, settings);
     else if (ftruncate(fileno(f), kept) || fseek(f, 0, SEEK_END))
         fail(1, "%s: cannot write: %s", path, strerror(errno));
     if (fflush(f)) fail(1, "%s: cannot write: %s", path, strerror(errno));
@@ -3145,9 +3170,9 @@ static void log_row(FILE *log, const Options *o, const Step *s, const Evaluation
 }
 
 // Checks that the checkpoint can be written; the log, or NULL.
-static FILE *open_outputs(const Options *o, long done) {
+static FILE *open_outputs(const Options *o, const Model *m, const char *settings, long done) {
     if (o->save) check_checkpoint_writable(o->save);
-    FILE *log = o->log && o->schedule.steps > 0 ? log_open(o->log, done) : NULL;
+    FILE *log = o->log && o->schedule.steps > 0 ? log_open(o->log, m, settings, done) : NULL;
     if (o->save && log) check_checkpoint_writable(o->save);  // the log may be the same file
     return log;
 }
@@ -3538,7 +3563,7 @@ int main(int argc, char **argv) {
     Model *m = open_model(&in, &done);
     check_inputs(&in, m);
     if (!generating()) model_reserve(m, opt.batch_size, opt.seq_len, updating());
-    FILE *log = training() ? open_outputs(&opt, done) : NULL;
+    FILE *log = training() ? open_outputs(&opt, m, settings(&in.train), done) : NULL;
     print_inputs(&in, m);
 
     if (generating()) generate_command(m, &opt, &in.tokenizer);

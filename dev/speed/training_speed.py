@@ -104,7 +104,8 @@ def main():
                         print(f"{name} {kind}: round {r + 1}/{a.rounds}, {q} ...", end="\r", file=sys.stderr)
                         output, memory[q] = run(command.replace("{threads}", str(a.threads)), a.threads)
                         if q == "this":
-                            rate = statistics.median(float(line.split(",")[5]) for line in log.read_text().splitlines()[2:])
+                            rate = statistics.median(float(line.split(",")[5]) for line in log.read_text().splitlines()
+                                                     if line[0].isdigit() and line[:2] != "1,")
                         elif q.startswith("PyTorch"):
                             rate = float(re.search(r"median of steps .*: ([\d.]+) tok/s", output.replace(",", "")).group(1))
                         else:

@@ -298,6 +298,7 @@ row 1 '.: exists and is no regular file; will not replace it' $trained --log .
 row 1 'nowhere/log.csv: cannot write: No such file or directory' $trained --log nowhere/log.csv
 row 1 'text: exists and is no log of this program; will not replace it' $trained --log text
 cp log.csv log.before
+echo '# train_gpt2_mla' >text.md
 row 1 'text: exists and is no checkpoint of this program; will not replace it' $trained --log log.csv --save text
 holds "a log that was there is as it was" cmp log.csv log.before
 row 2 '--log both: the same file as --save' $trained --log both --save both
@@ -334,12 +335,21 @@ until_stopped() {  # $1: the signal; then more options
     step=$(sed -n 's/^stopped by signal [0-9]* after step \([0-9]*\); the same command with --resume goes on from there$/\1/p' out)
     holds "signal: the checkpoint is of the step named" grep -aq "\"step\":\"$step\"" stopped
     holds "signal: the log has one row a step, to that one" \
-        awk -F, -v step="$step" '$1 != (NR == 1 ? "step" : NR - 1) { bad = 1 } END { exit bad || NR - 1 != step }' stopped.csv
+        awk -F, -v step="$step" '/^#/ { next } $1 != (n++ ? n - 1 : "step") { bad = 1 } END { exit bad || n - 1 != step }' stopped.csv
 }
 until_stopped INT
+settings=$(grep -ao '"settings":"[^"]*"' stopped | sed 's/.*:"//; s/"$//')
+holds "log: begins with what was run" grep -qx "# settings: $settings" stopped.csv
+holds "log: begins with the configuration" grep -q '^# configuration: attention mha, position rope, n_layer 1, ' stopped.csv
+holds "log: begins with the parameters" grep -Eqx '# parameters: [1-9][0-9]+' stopped.csv
+grep -v '^#' stopped.csv >older.csv && cp older.csv stopped.csv  # as earlier versions began it
 printf '%d,rows of steps,that the checkpoint,does not know\n%d,' $((step + 1)) $((step + 2)) >>stopped.csv
 until_stopped TERM --resume
 holds "signal: the checkpoint opens" $RUN "$program" --load stopped --eval --val-data text
+holds "an older log goes on as it is" cmp -s older.csv - <<END
+$(head -n "$(wc -l <older.csv)" stopped.csv)
+END
+row 1 'text.md: exists and is no log of this program; will not replace it' $trained --log text.md
 rm stopped stopped.csv
 rm out
 $RUN "$program" $tiny --train-data text --steps 9 --grad-accum 65536 --save stopped >out 2>err &  # steps without end
