@@ -435,7 +435,9 @@ class GPT(nn.Module):
         decay = [p for p in self.parameters() if p.dim() >= 2]
         no_decay = [p for p in self.parameters() if p.dim() < 2]
         groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        device = self.wte.weight.device
+        return torch.optim.AdamW(groups, lr=torch.tensor(lr, device=device), betas=betas, eps=eps, fused=True,
+                                 capturable=device.type == "cuda")
 
 
 # ----------------------------------------------------------------------------
@@ -484,11 +486,14 @@ def inputs_and_targets(tokens, begin, rows, T):
     return chunk[:-1].view(rows, T), chunk[1:].view(rows, T)
 
 
-def sequential_batches(tokens, B, T):
-    """In the order of the file, without end; back to the start when a whole batch is not left."""
-    while True:
-        for begin in range(0, len(tokens) - B * T, B * T):
-            yield inputs_and_targets(tokens, begin, B, T)
+def batch_starts(tokens, B, T, steps, order, seed):
+    """Where the rows of each step's batch begin: (steps, B). As the C program's --order has it,
+    but for the random numbers themselves."""
+    if order == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(len(tokens) - T, (steps, B), generator=generator)
+    batches = (len(tokens) - 1) // (B * T)
+    return (torch.arange(steps) % batches)[:, None] * (B * T) + torch.arange(B) * T
 
 
 def windows(tokens, B, T):
@@ -531,36 +536,119 @@ def load_tokens(args, model, path):
 
 
 @torch.no_grad()
+def mean_loss(model, tokens, B, T, bf16=False):
+    """Over the targets of a whole file, each predicted once; in nats"""
+    device, total = model.wte.weight.device, 0.0
+    for x, y in windows(tokens, B, T):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            total += model(x.to(device), y.to(device))[1].item() * y.numel()
+    return total / (len(tokens) - 1)
+
+
 def evaluate(args):
     model = load_model(args)
     tokens, is_bytes = load_tokens(args, model, args.val_data)
-    total = 0.0
-    for x, y in windows(tokens, args.batch_size, args.seq_len):
-        total += model(x, y)[1].item() * y.numel()
-    loss = total / (len(tokens) - 1)
+    loss = mean_loss(model, tokens, args.batch_size, args.seq_len)
     bits = f"{loss / math.log(2):.6f}" if is_bytes else "n/a"
     print(f"loss {loss:.8f} perplexity {math.exp(loss):.6f} bits_per_byte {bits} tokens {len(tokens) - 1}")
 
 
+def learning_rate_at(args, step):
+    """Of step 0, 1, ...: linear warm-up, half a cosine down to min_lr; or constant."""
+    peak, warmup = args.learning_rate, args.warmup
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if args.schedule == "constant" or args.steps <= warmup:
+        return peak
+    done = (step - warmup) / (args.steps - warmup)
+    return args.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (peak - args.min_lr)
+
+
+def captured(update, model, optimizer):
+    """`update` as one CUDA graph: a small model's hundreds of kernels start as one.
+
+    Its first calls, which a graph must not see, are undone.
+    """
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            update()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update()
+    model.load_state_dict(before)
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
+    return graph.replay
+
+
 def train(args):
-    model = load_model(args, args.dropout)
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    model = load_model(args, args.dropout).to(device)
     tokens, _ = load_tokens(args, model, args.train_data)
+    val = load_tokens(args, model, args.val_data)[0] if args.val_data else None
     B, T, N = args.batch_size, args.seq_len, args.steps
     if len(tokens) < B * T + 1:
         raise SystemExit(f"{args.train_data}: a batch needs {B * T + 1} tokens, the file has {len(tokens)}")
+    starts = batch_starts(tokens, B, T, N, args.order, args.seed).to(device)     # (N, B)
+    data = torch.from_numpy(np.asarray(tokens).astype(np.int32)).to(device)
+    window = torch.arange(T + 1, device=device)
+    at = torch.zeros(B, dtype=torch.long, device=device)                         # this step's row of starts
+    loss = torch.zeros((), device=device)
+    norm = torch.zeros((), device=device)
     optimizer = model.configure_optimizer(args.learning_rate, (args.beta1, args.beta2), args.eps, args.weight_decay)
     step_model = torch.compile(model) if args.compile else model
-    seconds = []
-    for step, (x, y) in zip(range(1, N + 1), sequential_batches(tokens, B, T)):
-        start = time.perf_counter()
-        _, loss = step_model(x, y)
-        loss.backward()
+
+    def update():
+        batch = data[at[:, None] + window].long()                                # (B, T+1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            mean = step_model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())[1]
+        mean.backward()
         if args.grad_clip > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            norm.copy_(nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip))
         optimizer.step()
         optimizer.zero_grad()
+        loss.copy_(mean.detach())
+
+    if args.graph:
+        update = captured(update, model, optimizer)
+    log = open(args.log, "w") if args.log else None
+    if log:
+        configuration = ", ".join(f"{k} {v}" for k, v in model.config.to_metadata().items() if k != "format")
+        settings = f"training data {len(tokens)} tokens, order {args.order}, batch {B} x 1 x {T}, steps {N}, " \
+                   f"{args.schedule} schedule: warmup {args.warmup}, lr {args.learning_rate} to {args.min_lr}, " \
+                   f"dropout {args.dropout}, seed {args.seed}"
+        log.write(f"# a log of gpt2_mla.py, {'bf16' if args.bf16 else 'float32'}\n# configuration: {configuration}\n"
+                  f"# parameters: {sum(p.numel() for p in model.parameters())}\n# settings: {settings}\n"
+                  "step,loss,lr,grad_norm,val_loss,tok_per_s,seconds\n")
+    seconds, began = [], time.perf_counter()
+    for step in range(1, N + 1):
+        start = time.perf_counter()
+        at.copy_(starts[step - 1])
+        lr = learning_rate_at(args, step - 1)
+        for group in optimizer.param_groups:
+            group["lr"].fill_(lr)
+        update()
+        validates = val is not None and (step == N or step % args.val_every == 0)
+        if not (validates or step % args.print_every == 0 or step == N):
+            continue
+        value = loss.item()                                                      # waits for the device
         seconds.append(time.perf_counter() - start)
-        print(f"step {step}/{N} | loss {loss.item():.6f}", flush=True)
+        line = f"step {step}/{N} | loss {value:.6f}"
+        val_loss = mean_loss(model, val, args.eval_batch_size or B, T, args.bf16) if validates else None
+        print(line + (f" | val {val_loss:.6f}" if validates else ""), flush=True)
+        if log:
+            rate, passed = B * T / seconds[-1], time.perf_counter() - began
+            shown = f"{val_loss:.6f}" if validates else ""
+            log.write(f"{step},{value:.6f},{lr:.6e},{norm.item():.6f},{shown},{rate:.0f},{passed:.3f}\n")
+            log.flush()
+        if not math.isfinite(value):
+            raise SystemExit(f"step {step}: loss {value}")
     if N > 1:
         print(f"median of steps 2 to {N}: {B * T / np.median(seconds[1:]):.0f} tok/s")
     if args.save:
@@ -603,8 +691,21 @@ def main():
 
     e = command(evaluate, "eval", 16, "loss over a whole file")
     e.add_argument("--val-data", required=True, metavar="FILE")
-    t = command(train, "train", 16, "train on, at a constant learning rate")
+    t = command(train, "train", 16, "train, or train on")
     t.add_argument("--train-data", required=True, metavar="FILE")
+    t.add_argument("--val-data", metavar="FILE")
+    t.add_argument("--val-every", type=int, default=500, help="steps between validations (500)")
+    t.add_argument("--eval-batch-size", type=int, default=0, help="sequences at a time (--batch-size)")
+    t.add_argument("--print-every", type=int, default=1, help="steps between lines, and rows of the log (1)")
+    t.add_argument("--log", metavar="FILE", help="CSV, as the C program's")
+    t.add_argument("--order", choices=["sequential", "random"], default="sequential")
+    t.add_argument("--schedule", choices=["constant", "cosine"], default="constant")
+    t.add_argument("--warmup", type=int, default=0, help="steps (0)")
+    t.add_argument("--min-lr", type=float, default=0.0, help="where the cosine ends (0)")
+    t.add_argument("--seed", type=int, default=1337)
+    t.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    t.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    t.add_argument("--graph", action="store_true", help="cuda: each step as one CUDA graph")
     t.add_argument("--save", metavar="FILE", help="write the trained model")
     t.add_argument("--compile", action="store_true", help="torch.compile the model")
     t.add_argument("--steps", type=int, default=20)
