@@ -237,11 +237,17 @@ def show(text, stays=False):
           file=sys.stderr, flush=True)
 
 
-def run_all(runs, jobs, threads):
-    """Trains what is not done, `jobs` at a time; progress on stderr. Ctrl-C lets each run save."""
+def run_all(runs, jobs, threads, done=lambda run: None):
+    """Trains what is not done, `jobs` at a time; progress on stderr. Ctrl-C lets each run save.
+
+    Calls `done` with each run that has a result, those from before included.
+    """
     left = [run for run in runs if not run.result]
     if len(left) < len(runs):
         print(f"{len(runs) - len(left)} of {len(runs)} runs are done already", file=sys.stderr)
+    for run in runs:
+        if run.result:
+            done(run)
     stopping = threading.Event()
 
     def one(run):
@@ -257,10 +263,12 @@ def run_all(runs, jobs, threads):
         try:
             waiting = set(futures)
             while waiting:
-                done, waiting = concurrent.futures.wait(waiting, timeout=1)
-                for future in done:
+                ended, waiting = concurrent.futures.wait(waiting, timeout=1)
+                for future in ended:
                     future.result()
                     run = futures[future]
+                    if run.result:
+                        done(run)
                     if run.failure:
                         show(f"{run.name} seed {run.seed}: failed: {run.failure}")
                 if time.time() - drawn < (1 if sys.stderr.isatty() else 60) and waiting:
@@ -270,8 +278,8 @@ def run_all(runs, jobs, threads):
                             run.step() if run.process else 0 for run in left)
                 speed = (steps - before) / (drawn - began)
                 eta = duration((total - steps) / speed) if speed > 0 else "?"
-                ended = sum(bool(run.result or run.failure) for run in left)
-                show(f"{ended}/{len(left)} runs, {100 * steps / max(total, 1):.0f}% of all steps, "
+                over = sum(bool(run.result or run.failure) for run in left)
+                show(f"{over}/{len(left)} runs, {100 * steps / max(total, 1):.0f}% of all steps, "
                      f"ETA {eta}", stays=waiting)
         except KeyboardInterrupt:
             stopping.set()

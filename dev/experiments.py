@@ -1,0 +1,260 @@
+"""The experiments behind the writeup's results: one CSV each under dev/results/, a row per run.
+
+    python3 dev/experiments.py all                 what is not in the CSVs yet
+    python3 dev/experiments.py quality steps       these
+    python3 dev/experiments.py quality --only mha --seeds 1      runs it even if it is there, and
+                                                                 says whether the loss is the same
+    python3 dev/experiments.py quality --quick     a few minutes: shorter runs, kept elsewhere
+
+    rates     the learning rate of every row: half as many steps, seeds that are not reported
+    quality   every kind and position
+    steps     from mha rope to mla, one change at a time; DeepSeek's widths
+    rank      loss against what a decoder keeps
+    size      models of 6 and of 33 million parameters, in PyTorch, on a GPU (--device cuda)
+    check     the default size in PyTorch, to compare with the C program's losses
+    data      tinyshakespeare; novels in 10,000 tokens of BPE
+
+Data: data/novels_train.txt and data/novels_val.txt as dev/novels.py makes them (--data FOLDER for
+another place), for `data` also data/tinyshakespeare_*.bin (make shakespeare). All runs of a seed
+belong on one kind of processor. Interrupted, the same command goes on; CSVs from several machines
+are joined by adding their rows. Runs of the C program need Python alone, what has cuda PyTorch.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import compare
+
+ROOT = compare.ROOT
+RESULTS = ROOT / "dev" / "results"
+RATES = ["3e-3", "4e-3", "6e-3"]
+RATE_SEEDS = [101, 102]
+COLUMNS = ["row", "seed", "program", "val_loss", "best_val_loss", "train_loss", "learning_rate",
+           "parameters", "cache", "tokens_per_second", "seconds", "processor", "vector_bytes",
+           "commit", "data", "options"]
+
+NOVELS = "--train-data {data}/novels_train.txt --val-data {data}/novels_val.txt"
+# Rows by name: options of the model. Default size: 4 layers, C = 128, 4 heads, T = 128, 8 rows.
+KINDS = {
+    "mha rope": "--attention mha --position rope",
+    "mla decoupled": "--attention mla --position decoupled",
+    "mqa rope": "--attention mqa --position rope",
+    "gqa rope": "--attention gqa --kv-heads 2 --position rope",
+    "mha decoupled": "--attention mha --position decoupled",
+    "gqla decoupled": "--attention mla --kv-heads 2 --position decoupled",
+    "mha learned": "--attention mha --position learned",
+    "mla learned": "--attention mla --position learned",
+    "mqa learned": "--attention mqa --position learned",
+    "gqa learned": "--attention gqa --kv-heads 2 --position learned",
+    "gqla learned": "--attention mla --kv-heads 2 --position learned",
+}
+MLA = KINDS["mla decoupled"]
+# The same, wider or of higher rank, where a kind has over 5% fewer parameters than mha rope.
+MATCHED = {
+    "mqa rope, wider": KINDS["mqa rope"] + " --channels 136",
+    "gqa rope, wider": KINDS["gqa rope"] + " --channels 136",
+    "gqla decoupled, rank 128": KINDS["gqla decoupled"] + " --kv-rank 128",
+}
+STEPS = {
+    "mla, plain": MLA + " --q-rank 0 --latent-norm none",
+    "mla, layernorm": MLA + " --q-rank 0",
+    "mla, rmsnorm": MLA + " --q-rank 0 --latent-norm rmsnorm",
+    "mla, query latent, no norm": MLA + " --latent-norm none",
+    "mla, query latent, rmsnorm": MLA + " --latent-norm rmsnorm",
+    "mla, DeepSeek's widths": MLA + " --nope-dim 32 --rope-dim 16 --kv-rank 70",
+    "mla, DeepSeek's widths, rmsnorm":
+        MLA + " --nope-dim 32 --rope-dim 16 --kv-rank 70 --latent-norm rmsnorm",
+}
+RANKS = {f"mla, rank {R}": MLA + f" --kv-rank {R}" for R in (16, 32, 48, 64, 106, 128)}
+
+SIX, FOUR, THREE = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4], [1, 2, 3]
+EXPERIMENTS = {  # name: list of (row, options, seeds)
+    "quality": [(row, options, FOUR if "learned" in row else SIX)
+                for row, options in {**KINDS, **MATCHED}.items()],
+    "steps": [(row, options, SIX) for row, options in STEPS.items()],
+    "rank": [(row, options, THREE) for row, options in RANKS.items()],
+    "check": [(row, KINDS[row], FOUR) for row in ("mha rope", "mha decoupled", "mla decoupled")],
+}
+EXPERIMENTS["rates"] = [(row, options, RATE_SEEDS) for row, options in {**KINDS, **STEPS}.items()]
+
+
+# ---- The CSVs
+
+def read_results(name, folder=RESULTS):
+    """The rows of dev/results/NAME.csv, as dicts of strings"""
+    path = folder / f"{name}.csv"
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def add_result(name, entry, folder):
+    path = folder / f"{name}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow(entry)
+
+
+def best_rate(row, options, folder=RESULTS):
+    """The learning rate with the least mean loss among half-length runs, "4e-3" without any.
+
+    A row that was not tried has that of the row whose options its own begin with.
+    """
+    losses = {}
+    for entry in read_results("rates", folder):
+        if entry["row"] == row or (row not in KINDS and row not in STEPS
+                                   and options.startswith(KINDS.get(entry["row"], "-"))):
+            losses.setdefault(entry["learning_rate"], []).append(float(entry["val_loss"]))
+    if set(losses) < set(RATES):
+        return "4e-3"
+    return min(losses, key=lambda rate: sum(losses[rate]) / len(losses[rate]))
+
+
+def commit():
+    """The commit of this tree, with a + if files differ from it; "" where there is no git"""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"],
+                             capture_output=True, text=True)
+    return head.stdout.strip() + "+" * bool(changed.stdout) if head.returncode == 0 else ""
+
+
+# ---- Runs
+
+class Torch(compare.Run):
+    """A run of dev/pytorch/gpt2_mla.py on a GPU, from the C program's initial numbers."""
+
+    def __init__(self, *arguments, extra):
+        super().__init__(*arguments)
+        self.extra = extra
+        self.stem = self.stem.with_name(self.stem.name + "-torch")
+        if self.file(".json").exists():
+            self.result = json.loads(self.file(".json").read_text())
+
+    def start(self, threads):
+        o, init = self.options, self.file(".init")
+        model = {k: v for k, v in o.items() if k not in ("--learning-rate", "--batch-size")}
+        made = subprocess.run([self.program, *compare.command_line({**model, "--steps": "0"}),
+                               "--save", init], capture_output=True, text=True)
+        if made.returncode:
+            raise SystemExit(made.stderr)
+        rate = float(o.get("--learning-rate", 4e-3))
+        command = [
+            sys.executable, ROOT / "dev/pytorch/gpt2_mla.py", "train", "--load", init,
+            "--device", "cuda", "--train-data", o["--train-data"], "--val-data", o["--val-data"],
+            "--steps", o["--steps"], "--seed", o["--seed"], "--learning-rate", str(rate),
+            "--schedule", "cosine", "--min-lr", str(rate / 10), "--order", "random",
+            "--warmup", str((self.steps + 19) // 20), "--beta2", "0.99", "--log", self.file(".csv"),
+            "--batch-size", o.get("--batch-size", "8"), "--print-every", "50",
+            "--eval-batch-size", "256", "--val-every", o["--val-every"], *self.extra]
+        with open(self.file(".out"), "w") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=output,
+                                            start_new_session=True)
+
+    def finish(self):
+        super().finish()
+        self.file(".init").unlink(missing_ok=True)
+
+
+def gpu_name():
+    import torch
+    return torch.cuda.get_device_name()
+
+
+def run_experiment(name, options, folder):
+    """Runs what is missing of an experiment, adds it to its CSV; compares what was asked again."""
+    published = {(entry["row"], entry["seed"]): entry for entry in read_results(name, folder)
+                 if name != "rates"}
+    tried = {(e["row"], e["seed"], e["learning_rate"]) for e in read_results("rates", folder)}
+    asked = options.only or options.seeds
+    program, hashes, runs = str(compare.build(ROOT)), {}, []
+    steps = options.steps or (2000 if name == "rates" else 4000)
+    cuda = name == "check" or options.device == "cuda"
+    data = Path(options.data).resolve()
+    for row, text, seeds in EXPERIMENTS[name]:
+        if options.only and not any(row.startswith(only) for only in options.only):
+            continue
+        for rate in RATES if name == "rates" else [best_rate(row, text, folder)]:
+            for seed in options.seeds or seeds:
+                if not asked and (row, str(seed)) in published:
+                    continue
+                if name == "rates" and (row, str(seed), rate) in tried:
+                    continue
+                words = {**compare.parse_options(NOVELS.format(data=shlex.quote(str(data))), name),
+                         **compare.parse_options(text, row), "--learning-rate": rate,
+                         "--steps": str(steps), "--val-every": "1000", "--val-batches": "100"}
+                compare.add_data(words)
+                model = compare.probe(program, words)
+                arguments = (row, program, words, seed, model, options.out.resolve(), hashes)
+                run = Torch(*arguments, extra=["--graph"]) if cuda else compare.Run(*arguments)
+                run.row, run.rate, run.text = row, rate, text
+                runs.append(run)
+    if options.limit:
+        runs = runs[:options.limit]
+    if not runs:
+        print(f"{name}: all runs are in dev/results/{name}.csv")
+        return 0
+    runs.sort(key=lambda run: run.seed)  # so that an interruption leaves whole seeds
+
+    def done(run):
+        from plot import read_log
+        log = read_log(run.file(".csv"))[1]
+        result, old = run.result, published.get((run.row, str(run.seed)))
+        entry = {
+            **{key: result[key] for key in ("parameters", "cache", "vector_bytes")},
+            "row": run.row, "seed": run.seed, "learning_rate": run.rate, "options": run.text,
+            "program": "PyTorch" if cuda else "C", "commit": commit(),
+            "val_loss": f"{result['val_loss']:.6f}", "train_loss": f"{result['train_loss']:.6f}",
+            "best_val_loss": f"{min(v for v in log['val_loss'] if v == v):.6f}",
+            "tokens_per_second": f"{result['tokens_per_second']:.0f}",
+            "seconds": f"{result['seconds']:.0f}", "data": hashes[run.options["--train-data"]][:8],
+            "processor": gpu_name() if cuda else result["processor"]}
+        if old is None:
+            add_result(name, entry, folder)
+        elif old["val_loss"] == entry["val_loss"]:
+            compare.show(f"{run.row} seed {run.seed}: {entry['val_loss']}, as published")
+        else:
+            compare.show(f"{run.row} seed {run.seed}: {entry['val_loss']}, published "
+                         f"{old['val_loss']} ({old['processor']}, data {old['data']})")
+
+    compare.run_all(runs, options.jobs or (os.cpu_count() or 1), 1, done)
+    return sum(run.failure is not None for run in runs)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=[*EXPERIMENTS, "all"], metavar="NAME")
+    parser.add_argument("--only", action="append", metavar="ROW", help="rows that begin so")
+    parser.add_argument("--seeds", type=compare.seed_list, help="1-5 or 1,2,7 (each one's own)")
+    parser.add_argument("--quick", action="store_true",
+                        help="300 steps, two seeds; results go to OUT/quick and not to dev/results")
+    parser.add_argument("--jobs", type=int, help="runs at a time, one thread each (cores)")
+    parser.add_argument("--limit", type=int, help="at most so many runs")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu",
+                        help="cuda: PyTorch in place of the C program")
+    parser.add_argument("--data", default=ROOT / "data", metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=Path("runs"), metavar="FOLDER")
+    options = parser.parse_args()
+    options.steps, folder = None, RESULTS
+    if options.quick:
+        options.steps, folder = 300, options.out.resolve() / "quick"
+        options.seeds = options.seeds or [1, 2]
+    options.out.mkdir(parents=True, exist_ok=True)
+    names = [*EXPERIMENTS] if "all" in options.names else options.names
+    return 1 if sum(run_experiment(name, options, folder) for name in names) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
