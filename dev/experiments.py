@@ -11,7 +11,6 @@
     steps     from mha rope to mla, one change at a time; DeepSeek's widths
     rank      loss against what a decoder keeps
     size      models of 6 and of 33 million parameters, in PyTorch, on a GPU (--device cuda)
-    check     the default size in PyTorch, to compare with the C program's losses
     data      tinyshakespeare; novels in 10,000 tokens of BPE
 
 Data: data/novels_train.txt and data/novels_val.txt as dev/novels.py makes them (--data FOLDER for
@@ -34,7 +33,7 @@ import compare
 ROOT = compare.ROOT
 RESULTS = ROOT / "dev" / "results"
 RATES = ["3e-3", "4e-3", "6e-3"]
-RATE_SEEDS = [101, 102]
+RATE_SEEDS = [101, 102, 103, 104]
 COLUMNS = ["row", "seed", "program", "val_loss", "best_val_loss", "train_loss", "learning_rate",
            "parameters", "cache", "tokens_per_second", "seconds", "processor", "vector_bytes",
            "commit", "data", "options"]
@@ -73,13 +72,15 @@ STEPS = {
 }
 RANKS = {f"mla, rank {R}": MLA + f" --kv-rank {R}" for R in (16, 32, 48, 64, 106, 128)}
 
-SIX, FOUR, THREE = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4], [1, 2, 3]
+SIX, FOUR = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4]
 EXPERIMENTS = {  # name: list of (row, options, seeds)
     "quality": [(row, options, FOUR if "learned" in row else SIX)
                 for row, options in {**KINDS, **MATCHED}.items()],
-    "steps": [(row, options, SIX) for row, options in STEPS.items()],
-    "rank": [(row, options, THREE) for row, options in RANKS.items()],
-    "check": [(row, KINDS[row], FOUR) for row in ("mha rope", "mha decoupled", "mla decoupled")],
+    "steps": [(row, KINDS[row], SIX) for row in ("mha rope", "mha decoupled", "mla decoupled")]
+             + [(row, options, SIX) for row, options in STEPS.items()],
+    "rank": [(row, KINDS[row], FOUR) for row in ("mha rope", "gqa rope", "mqa rope",
+                                                 "mla decoupled", "gqla decoupled")]
+            + [(row, options, FOUR) for row, options in RANKS.items()],
 }
 EXPERIMENTS["rates"] = [(row, options, RATE_SEEDS) for row, options in {**KINDS, **STEPS}.items()]
 
@@ -174,22 +175,18 @@ def gpu_name():
 
 def run_experiment(name, options, folder):
     """Runs what is missing of an experiment, adds it to its CSV; compares what was asked again."""
-    published = {(entry["row"], entry["seed"]): entry for entry in read_results(name, folder)
-                 if name != "rates"}
-    tried = {(e["row"], e["seed"], e["learning_rate"]) for e in read_results("rates", folder)}
+    published = {(e["row"], e["seed"], e["learning_rate"]): e for e in read_results(name, folder)}
     asked = options.only or options.seeds
     program, hashes, runs = str(compare.build(ROOT)), {}, []
     steps = options.steps or (2000 if name == "rates" else 4000)
-    cuda = name == "check" or options.device == "cuda"
+    cuda = options.device == "cuda"
     data = Path(options.data).resolve()
     for row, text, seeds in EXPERIMENTS[name]:
         if options.only and not any(row.startswith(only) for only in options.only):
             continue
         for rate in RATES if name == "rates" else [best_rate(row, text, folder)]:
             for seed in options.seeds or seeds:
-                if not asked and (row, str(seed)) in published:
-                    continue
-                if name == "rates" and (row, str(seed), rate) in tried:
+                if not asked and (row, str(seed), rate) in published:
                     continue
                 words = {**compare.parse_options(NOVELS.format(data=shlex.quote(str(data))), name),
                          **compare.parse_options(text, row), "--learning-rate": rate,
@@ -210,7 +207,7 @@ def run_experiment(name, options, folder):
     def done(run):
         from plot import read_log
         log = read_log(run.file(".csv"))[1]
-        result, old = run.result, published.get((run.row, str(run.seed)))
+        result, old = run.result, published.get((run.row, str(run.seed), run.rate))
         entry = {
             **{key: result[key] for key in ("parameters", "cache", "vector_bytes")},
             "row": run.row, "seed": run.seed, "learning_rate": run.rate, "options": run.text,
