@@ -2,8 +2,8 @@
 
     python3 dev/experiments.py all                 what is not in the CSVs yet
     python3 dev/experiments.py quality steps       these
-    python3 dev/experiments.py quality --only mha --seeds 1      runs it even if it is there, and
-                                                                 says whether the loss is the same
+    python3 dev/experiments.py quality --only mha --seeds 1      runs that are all there already are
+                                          made again, and it says whether the losses are the same
     python3 dev/experiments.py quality --quick     a few minutes: shorter runs, kept elsewhere
 
     rates     the learning rate of every row: half as many steps, seeds that are not reported
@@ -176,7 +176,6 @@ def gpu_name():
 def run_experiment(name, options, folder):
     """Runs what is missing of an experiment, adds it to its CSV; compares what was asked again."""
     published = {(e["row"], e["seed"], e["learning_rate"]): e for e in read_results(name, folder)}
-    asked = options.only or options.seeds
     program, hashes, runs = str(compare.build(ROOT)), {}, []
     steps = options.steps or (2000 if name == "rates" else 4000)
     cuda = options.device == "cuda"
@@ -186,8 +185,6 @@ def run_experiment(name, options, folder):
             continue
         for rate in RATES if name == "rates" else [best_rate(row, text, folder)]:
             for seed in options.seeds or seeds:
-                if not asked and (row, str(seed), rate) in published:
-                    continue
                 words = {**compare.parse_options(NOVELS.format(data=shlex.quote(str(data))), name),
                          **compare.parse_options(text, row), "--learning-rate": rate,
                          "--steps": str(steps), "--val-every": "1000", "--val-batches": "100"}
@@ -197,6 +194,9 @@ def run_experiment(name, options, folder):
                 run = Torch(*arguments, extra=["--graph"]) if cuda else compare.Run(*arguments)
                 run.row, run.rate, run.text = row, rate, text
                 runs.append(run)
+    missing = [run for run in runs if (run.row, str(run.seed), run.rate) not in published]
+    if missing or not (options.only or options.seeds):
+        runs = missing  # else all that was asked for by name is there: it is made again
     if options.limit:
         runs = runs[:options.limit]
     if not runs:
