@@ -112,10 +112,11 @@ def best_rate(row, options, folder=RESULTS):
 
     A row that was not tried has that of the row whose options its own begin with.
     """
-    losses = {}
-    for entry in read_results("rates", folder):
-        if entry["row"] == row or (row not in KINDS and row not in STEPS
-                                   and options.startswith(KINDS.get(entry["row"], "-"))):
+    entries, losses = read_results("rates", folder), {}
+    if not any(entry["row"] == row for entry in entries):
+        row = next((kind for kind, own in KINDS.items() if options.startswith(own)), row)
+    for entry in entries:
+        if entry["row"] == row:
             losses.setdefault(entry["learning_rate"], []).append(float(entry["val_loss"]))
     if set(losses) < set(RATES):
         return "4e-3"
@@ -183,13 +184,14 @@ def run_experiment(name, options, folder):
     for row, text, seeds in EXPERIMENTS[name]:
         if options.only and not any(row.startswith(only) for only in options.only):
             continue
+        words = {**compare.parse_options(NOVELS.format(data=shlex.quote(str(data))), name),
+                 **compare.parse_options(text, row),
+                 "--steps": str(steps), "--val-every": "1000", "--val-batches": "100"}
+        compare.add_data(words)
+        model = compare.probe(program, words)
         for rate in RATES if name == "rates" else [best_rate(row, text, folder)]:
+            words["--learning-rate"] = rate
             for seed in options.seeds or seeds:
-                words = {**compare.parse_options(NOVELS.format(data=shlex.quote(str(data))), name),
-                         **compare.parse_options(text, row), "--learning-rate": rate,
-                         "--steps": str(steps), "--val-every": "1000", "--val-batches": "100"}
-                compare.add_data(words)
-                model = compare.probe(program, words)
                 arguments = (row, program, words, seed, model, options.out.resolve(), hashes)
                 run = Torch(*arguments, extra=["--graph"]) if cuda else compare.Run(*arguments)
                 run.row, run.rate, run.text = row, rate, text
@@ -250,7 +252,10 @@ def main():
         options.seeds = options.seeds or [1, 2]
     options.out.mkdir(parents=True, exist_ok=True)
     names = [*EXPERIMENTS] if "all" in options.names else options.names
-    return 1 if sum(run_experiment(name, options, folder) for name in names) else 0
+    try:
+        return 1 if sum(run_experiment(name, options, folder) for name in names) else 0
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
