@@ -47,8 +47,9 @@ TO ADD YOUR OWN ATTENTION
 has_latent and the derived widths of Config a kind with a latent gets through many unchanged:
   - [ATTENTION 1], what it is made of: its name, what its configuration derives and allows, its
     tensors in the table, what its forward keeps, its options;
-  - [ATTENTION 2], what it does (chapter 5): a projection, forward and backward, and which heads
-    have a rotary key of their own (the core takes one each, or one for all: a head stride of 0);
+  - [ATTENTION 2], what it does: a projection, forward and backward (chapter 5), and which heads
+    have a rotary key of their own (a head stride of 0: one for all); in the core (chapter 4) where
+    keys are put together and their gradients taken apart, if they are more than [k_nope; k_rope];
   - [ATTENTION 3], how it decodes: what a cache keeps of a token, and how a query reads it.
 Then add it to `kinds` in test_mla.c, its name to dev/test/bad_input.sh, and run `make test`:
 finite differences say whether the backward is right, shifted positions whether every head is
@@ -769,8 +770,8 @@ typedef struct {
 // That of the calling thread, for sequences of T tokens (chapter 12).
 static Room room_of_thread(const Model *m, const Heads *a, int T);
 
-// The keys of T tokens, each [k_nope; k_rope] as queries are, into r->keys, and their transpose
-// into r->kt.
+// [ATTENTION 2] The keys of T tokens, each [k_nope; k_rope] as queries are, into r->keys, and their
+// transpose into r->kt.
 static void join_keys(Room *r, const Heads *a, long first, int g, int T) {
     int QK = a->nope + a->rope;
     for (int t = 0; t < T; t++) {
@@ -882,7 +883,7 @@ static void attention_backward(const Model *m, const Heads *a, const Heads *d, V
                 for (int i0 = 0; i0 < T; i0 += STRIP)
                     backward_strip(m, a, d, &r, out, d_out, lse, first, h, g, i0,
                                    min_int(STRIP, T - i0), T);
-            for (int t = 0; t < T; t++) {  // dk's two parts, each to its place
+            for (int t = 0; t < T; t++) {  // [ATTENTION 2] dk's two parts, each to its place
                 const real *dk = r.dk + t * QK;
                 memcpy(head_at(d->k, first + t, g), dk, a->nope * sizeof(real));
                 memcpy(head_at(d->k_rope, first + t, g), dk + a->nope, a->rope * sizeof(real));
@@ -2630,33 +2631,37 @@ static void next_batch(const Data *d, int order, uint64_t seed, long index,
 // The configuration's keys in the metadata. One list serves writing and reading.
 typedef struct {
     const char *key;
-    size_t offset;              // of the int in Config
-    const char *const *names;   // NULL: a number
-    int optional;               // only in files of position decoupled where it is no default
+    size_t offset;                      // of the int in Config
+    const char *const *names;           // NULL: a number
+    int (*is_default)(const Config *);  // then files leave it out, as older ones do; NULL: never
 } ConfigKey;
 
-static const ConfigKey config_keys[] = {  // [ATTENTION 1]
-    {"attention", offsetof(Config, attention), attention_names, 0},
-    {"position", offsetof(Config, position), position_names, 0},
-    {"n_layer", offsetof(Config, L), NULL, 0},
-    {"n_head", offsetof(Config, NH), NULL, 0},
-    {"n_kv_head", offsetof(Config, NKV), NULL, 0},
-    {"n_embd", offsetof(Config, C), NULL, 0},
-    {"block_size", offsetof(Config, block_size), NULL, 0},
-    {"vocab_size", offsetof(Config, V), NULL, 0},
-    {"q_rank", offsetof(Config, RQ), NULL, 0},
-    {"kv_rank", offsetof(Config, R), NULL, 0},
-    {"rope_dim", offsetof(Config, RD), NULL, 0},
-    {"latent_norm", offsetof(Config, latent_norm), norm_names, 0},
-    {"nope_dim", offsetof(Config, NOPE), NULL, 1},
+static int default_nope(const Config *c) {
+    return c->position != DECOUPLED || c->NOPE == c->HS - c->RD;
+}
+
+static const ConfigKey config_keys[] = {  // [ATTENTION 1] one of yours needs an is_default
+    {"attention", offsetof(Config, attention), attention_names, NULL},
+    {"position", offsetof(Config, position), position_names, NULL},
+    {"n_layer", offsetof(Config, L), NULL, NULL},
+    {"n_head", offsetof(Config, NH), NULL, NULL},
+    {"n_kv_head", offsetof(Config, NKV), NULL, NULL},
+    {"n_embd", offsetof(Config, C), NULL, NULL},
+    {"block_size", offsetof(Config, block_size), NULL, NULL},
+    {"vocab_size", offsetof(Config, V), NULL, NULL},
+    {"q_rank", offsetof(Config, RQ), NULL, NULL},
+    {"kv_rank", offsetof(Config, R), NULL, NULL},
+    {"rope_dim", offsetof(Config, RD), NULL, NULL},
+    {"latent_norm", offsetof(Config, latent_norm), norm_names, NULL},
+    {"nope_dim", offsetof(Config, NOPE), NULL, default_nope},
 };
 enum { CONFIG_KEYS = sizeof config_keys / sizeof *config_keys };
 
-// What a configuration has for a key; NULL where it need not say it.
+// What a configuration has for a key; NULL where it is left out.
 static const char *config_text(const Config *c, const ConfigKey *k) {
     static char number[16];
     int value = *(const int *)((const char *)c + k->offset);
-    if (k->optional && (c->position != DECOUPLED || c->NOPE == c->HS - c->RD)) return NULL;
+    if (k->is_default && k->is_default(c)) return NULL;
     snprintf(number, sizeof number, "%d", value);
     return k->names ? k->names[value] : number;
 }
@@ -2993,7 +2998,7 @@ static Config checkpoint_config(const Checkpoint *k) {
         const char *value = checkpoint_meta(k, key->key);
         char *end;
         long n = 0;
-        if (key->optional && !value) n = -1;
+        if (key->is_default && !value) n = -1;
         else if (!value) fail(1, "%s: its metadata has no %s", k->path, key->key);
         else if (key->names) {
             while (key->names[n] && strcmp(key->names[n], value)) n++;
