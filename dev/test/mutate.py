@@ -845,7 +845,7 @@ MUTATIONS = [
     ("next_batch", "d->tokens[from + t + 1]", "d->tokens[from + t]", "targets not shifted"),
 
     # --- 14: checkpoints
-    ("config_keys", "offsetof(Config, NOPE), NULL, default_nope", "offsetof(Config, RD), NULL, 1",
+    ("config_keys", "offsetof(Config, NOPE), NULL, default_nope", "offsetof(Config, RD), NULL, default_nope",
      "nope_dim is rope_dim"),
     ("set_of", "set == 1 ? m->adam_m : m->adam_v", "set == 2 ? m->adam_m : m->adam_v",
      "moments swapped in the file"),
