@@ -9,14 +9,13 @@
     rates     the learning rate of every row: half as many steps, seeds that are not reported
     quality   every kind and position
     steps     from mha rope to mla, one change at a time; DeepSeek's widths
+    learned   what is it about a latent that learned positions do not go with?
     rank      loss against what a decoder keeps
-    size      models of 6 and of 33 million parameters, in PyTorch, on a GPU (--device cuda)
-    data      tinyshakespeare; novels in 10,000 tokens of BPE
 
 Data: data/novels_train.txt and data/novels_val.txt as dev/novels.py makes them (--data FOLDER for
-another place), for `data` also data/tinyshakespeare_*.bin (make shakespeare). All runs of a seed
-belong on one kind of processor. Interrupted, the same command goes on; CSVs from several machines
-are joined by adding their rows. Runs of the C program need Python alone, what has cuda PyTorch.
+another place). All runs of a seed belong on one kind of processor. Interrupted, the same command
+goes on; CSVs from several machines are joined by adding their rows. Needs numpy, --device cuda also
+PyTorch.
 """
 
 import argparse
@@ -70,6 +69,12 @@ STEPS = {
     "mla, DeepSeek's widths, rmsnorm":
         MLA + " --nope-dim 32 --rope-dim 16 --kv-rank 70 --latent-norm rmsnorm",
 }
+LEARNED = {
+    "mla learned, plain": KINDS["mla learned"] + " --q-rank 0 --latent-norm none",
+    "mla learned, layernorm": KINDS["mla learned"] + " --q-rank 0",
+    "mla learned, no norm": KINDS["mla learned"] + " --latent-norm none",
+    "mla learned, rank 128": KINDS["mla learned"] + " --kv-rank 128",
+}
 RANKS = {f"mla, rank {R}": MLA + f" --kv-rank {R}" for R in (16, 32, 48, 64, 106, 128)}
 
 SIX, FOUR = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4]
@@ -78,6 +83,9 @@ EXPERIMENTS = {  # name: list of (row, options, seeds)
                 for row, options in {**KINDS, **MATCHED}.items()],
     "steps": [(row, KINDS[row], SIX) for row in ("mha rope", "mha decoupled", "mla decoupled")]
              + [(row, options, SIX) for row, options in STEPS.items()],
+    "learned": [(row, options, FOUR) for row, options in {
+        "mha learned": KINDS["mha learned"], "mla learned": KINDS["mla learned"],
+        **LEARNED}.items()],
     "rank": [(row, KINDS[row], FOUR) for row in ("mha rope", "gqa rope", "mqa rope",
                                                  "mla decoupled", "gqla decoupled")]
             + [(row, options, FOUR) for row, options in RANKS.items()],
