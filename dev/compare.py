@@ -312,11 +312,12 @@ def paired(losses, base, rows):
         return {**found, "verdict": "exactly the same"}
     if len(seeds) == 1:
         return {**found, "verdict": "one seed: no interval"}
-    t = lambda n: float(stats.t.ppf(1 - 0.025 / rows, n - 1) / np.sqrt(n))
-    sd = float(d.std(ddof=1))
-    half = t(len(d)) * sd
+    sd, n = float(d.std(ddof=1)), np.arange(2, 1000)
+    halves = sd * stats.t.ppf(1 - 0.025 / rows, n - 1) / np.sqrt(n)  # with n seeds
+    half = float(halves[len(d) - 2])
     verdict = "worse" if d.mean() > half else "better" if d.mean() < -half else "no difference seen"
-    needed = next((n for n in range(2, 1000) if t(n) * sd <= SMALL_DIFFERENCE), None)
+    enough = n[halves <= SMALL_DIFFERENCE]
+    needed = int(enough[0]) if len(enough) else None
     if verdict == "no difference seen" and half > SMALL_DIFFERENCE:
         verdict += f" (to see {SMALL_DIFFERENCE}: {needed or 'over 1000'} seeds)"
     return {**found, "sd": sd, "half": half, "verdict": verdict, "seeds_needed": needed}
