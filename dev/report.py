@@ -116,7 +116,20 @@ def changes_table():
                     [[text, old, new, difference(d)] for text, new, old, d in changes()])
 
 
+def headline_table():
+    """The rows of `steps` that README shows"""
+    found, lines = losses("steps"), []
+    for row in ("mha rope", "mha decoupled", "mla decoupled"):
+        entry = entry_of("steps", row)
+        beside = compare.paired(found[row], found["mha rope"], 1) if row != "mha rope" else None
+        lines.append([row, entry["parameters"], entry["cache"], mean_sd(found[row].values()),
+                      difference(beside) if beside else ""])
+    return markdown(["6 seeds each", "parameters", "cached floats per token",
+                     "validation loss (sd)", "difference to mha"], lines)
+
+
 TABLES = {
+    "headline": headline_table,
     "rates": rates_table,
     "steps": lambda: against_first_table("steps"),
     "changes": changes_table,
