@@ -11,6 +11,7 @@
     steps     from mha rope to mla, one change at a time; DeepSeek's widths
     learned   what is it about a latent that learned positions do not go with?
     rank      loss against what a decoder keeps
+    size      models of 6 and of 25 million parameters: a GPU's work (--device cuda, bfloat16)
 
 Data: data/novels_train.txt and data/novels_val.txt as dev/novels.py makes them (--data FOLDER for
 another place). All runs of a seed belong on one kind of processor. Interrupted, the same command
@@ -77,7 +78,15 @@ LEARNED = {
 }
 RANKS = {f"mla, rank {R}": MLA + f" --kv-rank {R}" for R in (16, 32, 48, 64, 106, 128)}
 
-SIX, FOUR = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4]
+# The original's layers, batch (12 x 4 sequences), rate and schedule, for bytes; and a size between.
+LARGE = ("--layers 8 --heads 16 --channels 512 --seq-len 1024 --batch-size 48 --steps 2035 "
+         "--learning-rate 6e-4 --warmup 20 --val-every 185")
+MIDDLE = ("--layers 6 --heads 6 --channels 288 --seq-len 512 --batch-size 32 --steps 2035 "
+          "--learning-rate 2e-3 --val-every 185")
+SIZES = {f"{size} {row}": f"{KINDS[row]} {shape}"
+         for size, shape in (("25M", LARGE), ("6M", MIDDLE)) for row in ("mha rope", "mqa rope", "mla decoupled")}
+
+SIX, FOUR, THREE = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4], [1, 2, 3]
 EXPERIMENTS = {  # name: list of (row, options, seeds)
     "quality": [(row, options, FOUR if "learned" in row else SIX)
                 for row, options in {**KINDS, **MATCHED}.items()],
@@ -86,6 +95,7 @@ EXPERIMENTS = {  # name: list of (row, options, seeds)
     "learned": [(row, options, FOUR) for row, options in {
         "mha learned": KINDS["mha learned"], "mla learned": KINDS["mla learned"],
         **LEARNED}.items()],
+    "size": [(row, options, THREE) for row, options in SIZES.items()],
     "rank": [(row, KINDS[row], FOUR) for row in ("mha rope", "gqa rope", "mqa rope",
                                                  "mla decoupled", "gqla decoupled")]
             + [(row, options, FOUR) for row, options in RANKS.items()],
@@ -165,9 +175,10 @@ class Torch(compare.Run):
             "--device", "cuda", "--train-data", o["--train-data"], "--val-data", o["--val-data"],
             "--steps", o["--steps"], "--seed", o["--seed"], "--learning-rate", str(rate),
             "--schedule", "cosine", "--min-lr", str(rate / 10), "--order", "random",
-            "--warmup", str((self.steps + 19) // 20), "--beta2", "0.99", "--log", self.file(".csv"),
-            "--batch-size", o.get("--batch-size", "8"), "--print-every", "50",
-            "--eval-batch-size", "256", "--val-every", o["--val-every"], *self.extra]
+            "--warmup", o.get("--warmup", str((self.steps + 19) // 20)), "--beta2", "0.99",
+            "--log", self.file(".csv"), "--val-every", o["--val-every"], "--print-every", "50",
+            "--batch-size", o.get("--batch-size", "8"),
+            "--eval-batch-size", str(32768 // int(o.get("--seq-len", 128))), *self.extra]
         with open(self.file(".out"), "w") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output,
                                             start_new_session=True)
@@ -193,15 +204,17 @@ def run_experiment(name, options, folder):
         if options.only and not any(row.startswith(only) for only in options.only):
             continue
         words = {**compare.parse_options(NOVELS.format(data=shlex.quote(str(data))), name),
-                 **compare.parse_options(text, row),
-                 "--steps": str(steps), "--val-every": "1000", "--val-batches": "100"}
+                 "--steps": str(steps), "--val-every": "1000", "--val-batches": "100",
+                 **compare.parse_options(text, row)}
         compare.add_data(words)
         model = compare.probe(program, words)
-        for rate in RATES if name == "rates" else [best_rate(row, text, folder)]:
+        rates = [words.get("--learning-rate") or best_rate(row, text, folder)]
+        for rate in RATES if name == "rates" else rates:
             words["--learning-rate"] = rate
             for seed in options.seeds or seeds:
                 arguments = (row, program, words, seed, model, options.out.resolve(), hashes)
-                run = Torch(*arguments, extra=["--graph"]) if cuda else compare.Run(*arguments)
+                extra = ["--bf16", "--compile"] if name == "size" else ["--graph"]
+                run = Torch(*arguments, extra=extra) if cuda else compare.Run(*arguments)
                 run.row, run.rate, run.text = row, rate, text
                 runs.append(run)
     missing = [run for run in runs if (run.row, str(run.seed), run.rate) not in published]
