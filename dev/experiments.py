@@ -84,7 +84,8 @@ LARGE = ("--layers 8 --heads 16 --channels 512 --seq-len 1024 --batch-size 48 --
 MIDDLE = ("--layers 6 --heads 6 --channels 288 --seq-len 512 --batch-size 32 --steps 2035 "
           "--learning-rate 2e-3 --val-every 185")
 SIZES = {f"{size} {row}": f"{KINDS[row]} {shape}"
-         for size, shape in (("25M", LARGE), ("6M", MIDDLE)) for row in ("mha rope", "mqa rope", "mla decoupled")}
+         for size, shape in (("25M", LARGE), ("6M", MIDDLE))
+         for row in ("mha rope", "mqa rope", "mla decoupled")}
 
 SIX, FOUR, THREE = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4], [1, 2, 3]
 EXPERIMENTS = {  # name: list of (row, options, seeds)
