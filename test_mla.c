@@ -624,6 +624,47 @@ static void test_encoding(void) {
     free(t.table);
 }
 
+// Standard output from `capture` on goes to a file; `captured` gives what was printed.
+static int capture(char path[32]) {
+    fflush(stdout);
+    strcpy(path, "/tmp/test_mla_XXXXXX");
+    int out = dup(1), file = mkstemp(path);
+    dup2(file, 1), close(file);
+    return out;
+}
+
+static int captured(int out, const char *path, const char *expected) {
+    size_t size;
+    fflush(stdout);
+    dup2(out, 1), close(out);
+    unsigned char *printed = read_file(path, &size);
+    int same = size == strlen(expected) && !memcmp(printed, expected, size);
+    free(printed), remove(path);
+    return same;
+}
+
+// A model of zeros whose head sees nothing but positions: it writes the two bytes of a character in
+// turn, a token each, of which the second by itself would be left out.
+static void test_printed_generation(void) {
+    Config c = {.attention = MHA, .position = LEARNED, .L = 1, .NH = 1, .NKV = 1, .C = 8,
+                .block_size = 4, .V = 256, .RQ = -1, .R = -1, .RD = -1, .NOPE = -1};
+    int start = 'a';
+    char path[32];
+    config_complete(&c, 1, "test");
+    Model *m = model_create(&c, 0);
+    Tokenizer bytes = tokenizer_bytes();
+    Sampling likeliest = {0};
+    m->w[0][WTE][0xC3 * 8] = m->w[0][WTE][0x80 * 8 + 1] = 1;
+    for (int t = 0; t < 4; t++) m->w[0][WPE][t * 8 + t % 2] = 100;
+    for (int i = 0; i < 8; i++) m->w[0][LNF_W][i] = 1;
+    model_reserve(m, 1, 4, 0);
+    Cache *cache = cache_create(m, CACHE_FULL, 1, 4);
+    int out = capture(path);
+    generate(m, cache, &start, 1, 4, &likeliest, 1, &bytes, NULL);
+    check("printing", "a character made of two tokens", captured(out, path, "\xc3\x80\xc3\x80"));
+    cache_free(cache), tokenizer_free(&bytes), model_free(m);
+}
+
 static void test_printing(void) {  // what could upset a terminal stays out, characters stay whole
     static const struct { const char *text, *printed; } texts[] = {
         {"a\tb\n\x1b[1m\x7f\r", "a\tb\n[1m"}, {"caf\xc3\xa9 \xe2\x80\x9c", "caf\xc3\xa9 \xe2\x80\x9c"},
@@ -631,27 +672,20 @@ static void test_printing(void) {  // what could upset a terminal stays out, cha
         {"\xc2\x9b" "1m\xc2\xa9", "\xc2" "1m\xc2\xa9"},                      // as UTF-8,
         {"\xe0\x80\x9b" "1m", "\xe0" "1m"}, {"\xf0\x80\x80\x9b", "\xf0"},     // and in longer forms
         {"\xe9t\xe9", "\xe9t\xe9"}, {"\xc3x\x9b", "\xc3x"}, {"\xf5\x80\x9b", "\xf5"},
-        {"\xe2\xe2\x80\x9c", "\xe2\xe2\x80\x9c"}, {"\xc3\xa9\x9b", "\xc3\xa9"}};
+        {"\xe2\xe2\x80\x9c", "\xe2\xe2\x80\x9c"}, {"\xc3\xa9\x9b", "\xc3\xa9"},
+        {"\xc1\x9b", "\xc1"}};
     Tokenizer bytes = tokenizer_bytes();
-    int out = dup(1), wrong = 0;
-    char path[] = "/tmp/test_mla_XXXXXX";
+    int wrong = 0;
+    char path[32];
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
         Printer printer = {0};
-        fflush(stdout);
-        int file = mkstemp(path);
-        dup2(file, 1);
+        int out = capture(path);
         for (const char *c = texts[i].text; *c; c++) print_token(&bytes, (unsigned char)*c, &printer);
-        fflush(stdout);
-        dup2(out, 1), close(file);
-        size_t size;
-        unsigned char *printed = read_file(path, &size);
-        wrong += size != strlen(texts[i].printed) || memcmp(printed, texts[i].printed, size);
-        free(printed), remove(path);
-        strcpy(path, "/tmp/test_mla_XXXXXX");
+        wrong += !captured(out, path, texts[i].printed);
     }
     check("printing", "leaves out control characters and nothing else", !wrong);
-    close(out);
     tokenizer_free(&bytes);
+    test_printed_generation();
 }
 
 static void test_accumulation(void) {  // two halves of a batch give the gradient of the whole
@@ -995,6 +1029,7 @@ static const char *const misuses[] = {
     "a cache of 9 tokens: the model's block size is 8",
     "a pass over 1 x 8 tokens: model_reserve was asked for 12 in sequences of 6",
     "a gradient of 2000 sums over tokens: expected at most 192, twice the widest bias",
+    "matmul: strides 8, 1 and 3, 2: expected one of each two to be 1",
 };
 
 static void misuse(int which) {
@@ -1018,6 +1053,7 @@ static void misuse(int which) {
         forward(m, tokens, 1, LENGTH, 1);
     }
     if (which == 7) norm_backward(m, NULL, NULL, NULL, NULL, NULL, 0, NULL, 1, 1000, NONE);
+    if (which == 8) matmul(x, 8, rows_of(x, 8), (Mat){x, 3, 2}, 2, 2, 2, NULL, 0);
 }
 
 static const char *program;  // how this one was called
