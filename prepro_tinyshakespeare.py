@@ -50,6 +50,15 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def require(package):
+    """If it is missing, says so: better before anything is fetched."""
+    try:
+        importlib.import_module(package)
+    except ImportError as e:
+        sys.exit(f"error: the package {package} is missing: pip install {package} "
+                 f"({one_line(e)})")
+
+
 def read_file(path, option):
     try:
         with open(path, "rb") as f:
@@ -262,13 +271,8 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     package = "tokenizers" if args.vocab else "tiktoken" if args.gpt2 else None
-    if package:  # if it is missing, say so before anything is fetched
-        try:
-            importlib.import_module(package)
-        except ImportError as e:
-            sys.exit(f"error: the package {package} is missing: pip install {package} "
-                     f"({one_line(e)})")
-
+    if package:
+        require(package)
     text, name = get_text(args)
     if package:
         try:

@@ -213,9 +213,11 @@ class Run:
         import plot
         said, log = plot.read_log(self.file(".csv"))
         rates = sorted(log["tok_per_s"])
+        bits = re.findall(r"bits_per_byte ([\d.]+)", self.file(".out").read_text(errors="replace"))
         self.result = {
             "name": self.name, "seed": self.seed, "options": self.options,
             "val_loss": float(log["val_loss"][-1]), "train_loss": float(log["loss"][-100:].mean()),
+            "bits_per_byte": float(bits[-1]) if bits else None,
             "tokens_per_second": rates[len(rates) // 2], "seconds": float(log["seconds"][-1]),
             **self.model, "processor": processor(),
             "vector_bytes": int(said.get("vector bytes", 0))}

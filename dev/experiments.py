@@ -11,6 +11,7 @@
     steps     from mha rope to mla, one change at a time; DeepSeek's widths
     learned   what is it about a latent that learned positions do not go with?
     rank      loss against what a decoder keeps
+    data      tinyshakespeare; novels in tokens of a BPE (dev/novels.py --vocab 10000)
     size      models of 6 and of 25 million parameters: a GPU's work (--device cuda, bfloat16)
 
 Data: data/novels_train.txt and data/novels_val.txt as dev/novels.py makes them (--data FOLDER for
@@ -36,7 +37,7 @@ RATES = ["3e-3", "4e-3", "6e-3"]
 RATE_SEEDS = [101, 102, 103, 104]
 COLUMNS = ["row", "seed", "program", "val_loss", "best_val_loss", "train_loss", "learning_rate",
            "parameters", "cache", "tokens_per_second", "seconds", "processor", "vector_bytes",
-           "commit", "data", "options"]
+           "commit", "data", "options", "bits_per_byte"]
 
 NOVELS = "--train-data {data}/novels_train.txt --val-data {data}/novels_val.txt"
 # Rows by name: options of the model. Default size: 4 layers, C = 128, 4 heads, T = 128, 8 rows.
@@ -87,6 +88,14 @@ SIZES = {f"{size} {row}": f"{KINDS[row]} {shape}"
          for size, shape in (("25M", LARGE), ("6M", MIDDLE))
          for row in ("mha rope", "mqa rope", "mla decoupled")}
 
+SHAKESPEARE = ("--train-data {data}/tinyshakespeare_train.bin "
+               "--val-data {data}/tinyshakespeare_val.bin")
+BPE = ("--train-data {data}/novels_10000_train.bin --val-data {data}/novels_10000_val.bin "
+       "--tokenizer {data}/novels_10000_tokenizer.bin")
+DATA = {f"{name}, {row}": f"{KINDS[row]} {files} --learning-rate 4e-3"
+        for name, files in (("tinyshakespeare", SHAKESPEARE), ("BPE", BPE))
+        for row in ("mha rope", "mla decoupled")}
+
 SIX, FOUR, THREE = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4], [1, 2, 3]
 EXPERIMENTS = {  # name: list of (row, options, seeds)
     "quality": [(row, options, FOUR if "learned" in row else SIX)
@@ -97,6 +106,7 @@ EXPERIMENTS = {  # name: list of (row, options, seeds)
         "mha learned": KINDS["mha learned"], "mla learned": KINDS["mla learned"],
         **LEARNED}.items()],
     "size": [(row, options, THREE) for row, options in SIZES.items()],
+    "data": [(row, options, FOUR) for row, options in DATA.items()],
     "rank": [(row, KINDS[row], FOUR) for row in ("mha rope", "gqa rope", "mqa rope",
                                                  "mla decoupled", "gqla decoupled")]
             + [(row, options, FOUR) for row, options in RANKS.items()],
@@ -120,7 +130,7 @@ def add_result(name, entry, folder):
     folder.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(entry)
@@ -204,6 +214,7 @@ def run_experiment(name, options, folder):
     for row, text, seeds in EXPERIMENTS[name]:
         if options.only and not any(row.startswith(only) for only in options.only):
             continue
+        text = text.format(data=shlex.quote(str(data)))
         words = {**compare.parse_options(NOVELS.format(data=shlex.quote(str(data))), name),
                  "--steps": str(steps), "--val-every": "1000", "--val-batches": "100",
                  **compare.parse_options(text, row)}
@@ -216,7 +227,7 @@ def run_experiment(name, options, folder):
                 arguments = (row, program, words, seed, model, options.out.resolve(), hashes)
                 extra = ["--bf16", "--compile"] if name == "size" else ["--graph"]
                 run = Torch(*arguments, extra=extra) if cuda else compare.Run(*arguments)
-                run.row, run.rate, run.text = row, rate, text
+                run.row, run.rate = row, rate
                 runs.append(run)
     missing = [run for run in runs if (run.row, str(run.seed), run.rate) not in published]
     if missing or not (options.only or options.seeds):
@@ -234,7 +245,9 @@ def run_experiment(name, options, folder):
         result, old = run.result, published.get((run.row, str(run.seed), run.rate))
         entry = {
             **{key: result[key] for key in ("parameters", "cache", "vector_bytes")},
-            "row": run.row, "seed": run.seed, "learning_rate": run.rate, "options": run.text,
+            "row": run.row, "seed": run.seed, "learning_rate": run.rate,
+            "options": dict((r, o) for r, o, _ in EXPERIMENTS[name])[run.row],
+            "bits_per_byte": result["bits_per_byte"] or "",
             "program": "PyTorch" if cuda else "C", "commit": commit(),
             "val_loss": f"{result['val_loss']:.6f}", "train_loss": f"{result['train_loss']:.6f}",
             "best_val_loss": f"{min(v for v in log['val_loss'] if v == v):.6f}",

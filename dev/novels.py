@@ -3,6 +3,7 @@
 
     python3 dev/novels.py                 fetches the books from Project Gutenberg (27 MB)
     python3 dev/novels.py --folder DIR    takes them from DIR/2600.txt, ...; needs no network
+    python3 dev/novels.py --vocab 10000   also as tokens of its own BPE (pip install tokenizers)
 
 Two texts come out: novels_train.txt, 16 novels one after the other (25 MB), and novels_val.txt, two
 by authors who are not among those (1.6 MB). Gutenberg's headers, footers and credits are removed;
@@ -27,7 +28,8 @@ import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from prepro_tinyshakespeare import DATA, Parser, one_line, read_file, write_files
+from prepro_tinyshakespeare import (DATA, Parser, bpe_tokenizer, one_line, read_file, require,
+                                    token_file, tokenizer_file, write_files)
 
 BOOKS = {  # by Gutenberg's numbers, in the order in which they are joined
     "train": {
@@ -159,15 +161,29 @@ def parse_arguments():
     source.add_argument("--mirror", metavar="URL", help="fetch from this mirror of Gutenberg alone")
     p.add_argument("--out-dir", metavar="DIR", default=DATA,
                    help="where the texts and novels_raw go (default: data, in the top folder)")
+    p.add_argument("--vocab", type=int, metavar="N",
+                   help="write novels_N_train.bin, _val.bin and _tokenizer.bin too: N tokens, "
+                        "learned from the training text")
     args = p.parse_args()
+    if args.vocab is not None and not 257 <= args.vocab <= 65536:
+        p.error(f"--vocab: found {args.vocab}, expected 257 to 65536")
     if args.mirror is not None and not re.match(r"https?://\w", args.mirror):
         p.error(f"--mirror: found {args.mirror!r}, expected http://... or https://...")
     args.mirrors = [args.mirror.rstrip("/")] if args.mirror else MIRRORS
     return args
 
 
+def tokens_of(texts, size, base):
+    """{part: text} in tokens of a BPE that its train part teaches, as files: {path: bytes}"""
+    tokens, eot, encode = bpe_tokenizer(texts["train"], size)
+    files = {f"{base}_{part}.bin": token_file(encode(text)) for part, text in texts.items()}
+    return {**files, f"{base}_tokenizer.bin": tokenizer_file(tokens, eot)}
+
+
 def main():
     args, unreachable, files = parse_arguments(), {}, {}
+    if args.vocab:
+        require("tokenizers")
     for part, books in BOOKS.items():
         novels = []
         for number, title in books.items():
@@ -176,12 +192,16 @@ def main():
             novels.append(text)
         path = os.path.join(args.out_dir, f"novels_{part}.txt")
         files[path] = ("\n\n\n".join(novels) + "\n").encode()
+    texts = dict(zip(BOOKS, files.values()))
+    if args.vocab:
+        base = os.path.join(args.out_dir, f"novels_{args.vocab}")
+        files.update(tokens_of(texts, args.vocab, base))
     write_files(files)
     for mirror, reason in unreachable.items():
         print(f"note: cannot reach {mirror}: {reason}")
     for path, content in files.items():
         print(f"{path}: {len(content)} bytes, sha256 {hashlib.sha256(content).hexdigest()[:12]}...")
-    train, val = map(shlex.quote, files)
+    train, val = map(shlex.quote, list(files)[-3:-1] if args.vocab else files)
     print(f"now run: ./train_gpt2_mla --train-data {train} --val-data {val}")
 
 
