@@ -67,6 +67,7 @@ STEPS = {
     "mla, rmsnorm": MLA + " --q-rank 0 --latent-norm rmsnorm",
     "mla, query latent, no norm": MLA + " --latent-norm none",
     "mla, query latent, rmsnorm": MLA + " --latent-norm rmsnorm",
+    "mla, query latent of 128, no norm": MLA + " --q-rank 128 --latent-norm none",
     "mla, DeepSeek's widths": MLA + " --nope-dim 32 --rope-dim 16 --kv-rank 70",
     "mla, DeepSeek's widths, rmsnorm":
         MLA + " --nope-dim 32 --rope-dim 16 --kv-rank 70 --latent-norm rmsnorm",
