@@ -170,7 +170,30 @@ def rates_figure(path):
     plot.save(figure, path)
 
 
-DRAWINGS = {"changes_loss.svg": changes_figure, "rates_loss.svg": rates_figure}
+def decoding_figure(path, batch=1):
+    """Tokens per second over the context, from dev/speed/decode_speed.md"""
+    table = [[cell.strip() for cell in line.strip("|").split("|")]
+             for line in (ROOT / "dev/speed/decode_speed.md").read_text().splitlines()
+             if re.match(r"\| \d", line)]
+    figure, axes = plot.new_axes("tokens in the cache", f"tokens per second, batch {batch}",
+                                 (7, 4.8))
+    colours = {}  # one a kind and cache; ranks differ in their lines
+    for row in dict.fromkeys(line[2] for line in table):
+        colour = colours.setdefault(row.split(", R=")[0], plot.COLOURS[len(colours)])
+        own = [(int(line[0]), float(line[5])) for line in table
+               if line[2] == row and int(line[1]) == batch]
+        axes.plot(*zip(*own), marker="o", markersize=3.5, color=colour, label=row,
+                  linestyle="--" if row.endswith("R=64") else "-")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks([128, 1024, 4096, 16384], ["128", "1,024", "4,096", "16,384"])
+    figure.legend(loc="outside lower left", ncols=3)
+    plot.save(figure, path)
+
+
+DRAWINGS = {"changes_loss.svg": changes_figure, "rates_loss.svg": rates_figure,
+            "decoding_batch1.svg": decoding_figure,
+            "decoding_batch16.svg": lambda path: decoding_figure(path, batch=16)}
 
 
 def main():
