@@ -291,7 +291,9 @@ begun=
 trained="$tiny --train-data text --steps 1 --sample-every 0"
 row 1 '.: exists and is no regular file; will not replace it' $trained --save .
 row 1 'pipe: exists and is no regular file; will not replace it' $trained --save pipe
-row 1 '/dev/null: exists and is no regular file; will not replace it' $trained --save /dev/null
+device=/dev/null  # who may write to /dev has a device made for it: a wrong program would replace it
+mknod null c 1 3 2>/dev/null && device=null
+row 1 "$device: exists and is no regular file; will not replace it" $trained --save $device
 row 1 'nowhere/model: cannot write: No such file or directory' $trained --save nowhere/model
 row 1 'text: exists and is no checkpoint of this program; will not replace it' $trained --save text
 row 1 '.: exists and is no regular file; will not replace it' $trained --log .
