@@ -17,6 +17,7 @@ known by the program's and the data's bytes, its options and its seed. Needs num
 
 import argparse
 import concurrent.futures
+import fcntl
 import hashlib
 import json
 import os
@@ -42,7 +43,11 @@ SMALL_DIFFERENCE = 0.005  # nats: what a table says the seeds for
 
 def parse_options(text, where):
     """"--attention mla --kv-rank 64" -> {"--attention": "mla", ...}; refuses what is set here."""
-    words, options = shlex.split(text), {}
+    options = {}
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise SystemExit(f"{where}: '{text}': {error}") from None
     while words:
         name = words.pop(0)
         if not name.startswith("--") or name in FLAGS or name in OURS:
@@ -51,6 +56,8 @@ def parse_options(text, where):
         if not words:
             raise SystemExit(f"{where}: {name}: its value is missing")
         options[name] = words.pop(0)
+    if not options.get("--steps", "1").isdigit() or options.get("--steps") == "0":
+        raise SystemExit(f"{where}: --steps {options['--steps']}: expected at least 1")
     return options
 
 
@@ -125,11 +132,11 @@ def match_parameters(program, options, wanted):
     base = probe(program, options)
     heads = int(options.get("--heads", 4))
     channels = int(options.get("--channels", 128))
-    knobs = [("--channels", 2 * heads, channels // (2 * heads), 4 * channels // (2 * heads))]
+    knobs = [("--channels", 2 * heads, 4 * channels // (2 * heads))]
     if base["attention"] == "mla" and "--kv-rank" not in options:
-        knobs.insert(0, ("--kv-rank", 1, 1, channels))
+        knobs.insert(0, ("--kv-rank", 1, channels))
     best = None
-    for knob, unit, low, high in knobs:
+    for knob, unit, high in knobs:
         low = 1
         while low < high:  # the least that has at least as many
             middle = (low + high) // 2
@@ -167,6 +174,8 @@ class Run:
     `model` is what `probe` says of it, `hashes` keeps digests of files from run to run.
     """
 
+    also = []  # what else a run is known by: texts
+
     def __init__(self, name, program, options, seed, model, out, hashes):
         self.name, self.program, self.seed, self.model = name, program, seed, model
         self.options = {**options, "--seed": str(seed)}
@@ -175,7 +184,7 @@ class Run:
             if path not in hashes:
                 hashes[path] = digest(path)
         known_by = {o: hashes.get(v, v) for o, v in self.options.items()}
-        text = json.dumps([hashes[program], sorted(known_by.items())])
+        text = json.dumps([hashes[program], sorted(known_by.items()), *self.also])
         self.stem = out / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.process, self.result, self.failure = None, None, None
         if self.file(".json").exists():
@@ -216,7 +225,7 @@ class Run:
         bits = re.findall(r"bits_per_byte ([\d.]+)", self.file(".out").read_text(errors="replace"))
         self.result = {
             "name": self.name, "seed": self.seed, "options": self.options,
-            "val_loss": float(log["val_loss"][-1]), "train_loss": float(log["loss"][-100:].mean()),
+            "val_loss": float(log["val_loss"][-1]),
             "bits_per_byte": float(bits[-1]) if bits else None,
             "tokens_per_second": rates[len(rates) // 2], "seconds": float(log["seconds"][-1]),
             **self.model, "processor": processor(),
@@ -253,9 +262,12 @@ def run_all(runs, jobs, threads, done=lambda run: None):
     stopping = threading.Event()
 
     def one(run):
-        if not stopping.is_set():
-            run.start(threads)
-            run.finish()
+        try:
+            if not stopping.is_set():
+                run.start(threads)
+                run.finish()
+        except (SystemExit, OSError, ValueError) as error:  # spoils no other run
+            run.failure = str(error)
 
     began, drawn = time.time(), 0
     total = sum(run.steps for run in left)
@@ -282,7 +294,7 @@ def run_all(runs, jobs, threads, done=lambda run: None):
                 eta = duration((total - steps) / speed) if speed > 0 else "?"
                 over = sum(bool(run.result or run.failure) for run in left)
                 show(f"{over}/{len(left)} runs, {100 * steps / max(total, 1):.0f}% of all steps, "
-                     f"ETA {eta}", stays=waiting)
+                     f"ETA {eta}", stays=bool(waiting))
         except KeyboardInterrupt:
             stopping.set()
             for run in left:
@@ -300,8 +312,8 @@ def run_all(runs, jobs, threads, done=lambda run: None):
 def paired(losses, base, rows):
     """Differences of losses {seed: loss} to `base`, paired by seed, among `rows` comparisons.
 
-    -> dict: seeds, mean, sd, half (of the interval; None with one seed), verdict, and seeds_needed
-    for an interval of +-0.005.
+    -> dict: seeds, mean, sd, half (of the interval; None with one seed), verdict, and seeds_needed,
+    with which the interval would reach 0.005 to each side.
     """
     import numpy as np
     from scipy import stats
@@ -314,14 +326,14 @@ def paired(losses, base, rows):
         return {**found, "verdict": "exactly the same"}
     if len(seeds) == 1:
         return {**found, "verdict": "one seed: no interval"}
-    sd, n = float(d.std(ddof=1)), np.arange(2, 1000)
+    sd, n = float(d.std(ddof=1)), np.arange(2, max(1000, len(d)) + 1)
     halves = sd * stats.t.ppf(1 - 0.025 / rows, n - 1) / np.sqrt(n)  # with n seeds
     half = float(halves[len(d) - 2])
     verdict = "worse" if d.mean() > half else "better" if d.mean() < -half else "no difference seen"
     enough = n[halves <= SMALL_DIFFERENCE]
     needed = int(enough[0]) if len(enough) else None
     if verdict == "no difference seen" and half > SMALL_DIFFERENCE:
-        verdict += f" (to see {SMALL_DIFFERENCE}: {needed or 'over 1000'} seeds)"
+        verdict += f" (for ±{SMALL_DIFFERENCE}: {needed or 'over 1000'} seeds)"
     return {**found, "sd": sd, "half": half, "verdict": verdict, "seeds_needed": needed}
 
 
@@ -348,7 +360,8 @@ def summarize(rows):
 
 
 def print_table(table):
-    head = ["", "parameters", "cache", "val loss (sd)", "difference (95%)", "tok/s", "verdict"]
+    head = ["", "parameters", "cache", "seeds", "val loss (sd)", "difference (95%)", "tok/s",
+            "verdict"]
     lines = [head]
     for row in table:
         loss = "-" if row["val_loss"] is None else f"{row['val_loss']:.4f}"
@@ -357,8 +370,8 @@ def print_table(table):
         d = row["difference"] or {}
         mean = f"{d['mean']:+.4f}" if "mean" in d else ""
         half = "" if d.get("half") is None else f" ± {d['half']:.4f}"
-        lines.append([row["name"], str(row["parameters"]), str(row["cache"]), loss + sd,
-                      mean + half, rate, d.get("verdict", "")])
+        lines.append([row["name"], str(row["parameters"]), str(row["cache"]),
+                      str(len(row["seeds"])), loss + sd, mean + half, rate, d.get("verdict", "")])
     widths = [max(map(len, column)) for column in zip(*lines)]
     for line in lines:
         cells = [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:-1], widths[1:]))]
@@ -373,6 +386,10 @@ def print_table(table):
 def warnings(rows):
     """What makes a comparison unfair, one line each"""
     for row in rows:
+        failed = sum(run.result is None for run in row["runs"])
+        if failed:
+            yield (f"{row['name']}: {failed} of {len(row['runs'])} seeds failed; only the others "
+                   "are compared, and they may be the lucky ones")
         if row["base"] is None:
             continue
         base = rows[row["base"]]
@@ -397,6 +414,28 @@ def warnings(rows):
 
 
 # ---- Command line
+
+def positive(text):
+    """A whole number of at least 1, for argparse"""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}', expected a whole number of at least 1")
+    return int(text)
+
+
+def lock(out):
+    """Makes the folder this command's own until it ends, however it ends; else SystemExit."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = open(out / "lock", "w")
+    except OSError as error:
+        raise SystemExit(f"--out {out}: cannot write there: {error.strerror}") from None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise SystemExit(f"--out {out}: another command is making runs there; wait for it, or name "
+                         "another folder") from None
+    return held
+
 
 def seed_list(text):
     """"1-3,7" -> [1, 2, 3, 7]"""
@@ -426,8 +465,8 @@ def main():
                         help="compare each row with that commit's program")
     parser.add_argument("--common", default="", metavar='"OPTIONS"', help="options of all rows")
     parser.add_argument("--seeds", type=seed_list, default=[1, 2, 3], help="1-5 or 1,2,7 (1-3)")
-    parser.add_argument("--jobs", type=int, help="runs at a time (cores / threads)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each run (1)")
+    parser.add_argument("--jobs", type=positive, help="runs at a time (cores / threads)")
+    parser.add_argument("--threads", type=positive, default=1, help="threads of each run (1)")
     parser.add_argument("--match-params", metavar="NAME",
                         help="change ranks or channels of all other rows to have its parameters")
     parser.add_argument("--out", type=Path, default=Path("runs"), metavar="FOLDER",
@@ -445,8 +484,17 @@ def main():
     if options.match_params and options.match_params not in names:
         parser.error(f"--match-params {options.match_params}: expected one of {', '.join(names)}")
     jobs = options.jobs or max(1, (os.cpu_count() or 1) // options.threads)
+    try:  # better missed now than after the runs
+        import scipy  # noqa: F401
+        import plot
+        if options.plot:
+            import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise SystemExit(f"{error}: pip install numpy scipy, and matplotlib for --plot") from None
+    if options.plot:
+        plot.check_format(options.plot)
     out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    held = lock(out)  # noqa: F841  until the end
 
     program = str(build(ROOT))
     old = str(build_revision(options.against, out)) if options.against else None
@@ -463,8 +511,12 @@ def main():
                 print(f"{name}: {took}, to have {options.match_params}'s {wanted} parameters")
     for name, one in parsed.items():
         for binary in filter(None, [old, program]):
-            base = None if not table and not old or binary == old else len(table) - 1 if old else 0
-            label, model = f"{name} {options.against}" * (binary == old) or name, probe(binary, one)
+            if old:
+                label = f"{name} {options.against}" if binary == old else name
+                base = None if binary == old else len(table) - 1
+            else:
+                label, base = name, 0 if table else None
+            model = probe(binary, one)
             runs = [Run(label, binary, one, seed, model, out, hashes) for seed in options.seeds]
             runs = [known.setdefault(run.stem, run) for run in runs]
             table.append({"name": label, "base": base, "model": model, "runs": runs})
@@ -478,7 +530,6 @@ def main():
         text = json.dumps({"rows": summary, "notes": noted}, indent=1)
         Path(options.json).write_text(text + "\n")
     if options.plot:
-        import plot
         logs = {row["name"]: [plot.read_log(run.file(".csv"))[1]
                               for run in row["runs"] if run.result] for row in table}
         plot.draw({name: log for name, log in logs.items() if log}, options.plot)

@@ -35,9 +35,9 @@ ROOT = compare.ROOT
 RESULTS = ROOT / "dev" / "results"
 RATES = ["3e-3", "4e-3", "6e-3"]
 RATE_SEEDS = [101, 102, 103, 104]
-COLUMNS = ["row", "seed", "program", "val_loss", "best_val_loss", "train_loss", "learning_rate",
-           "parameters", "cache", "tokens_per_second", "seconds", "processor", "vector_bytes",
-           "commit", "data", "options", "bits_per_byte"]
+COLUMNS = ["row", "seed", "program", "val_loss", "learning_rate", "parameters", "cache",
+           "tokens_per_second", "seconds", "processor", "vector_bytes", "commit", "data", "options",
+           "bits_per_byte"]
 
 NOVELS = "--train-data {data}/novels_train.txt --val-data {data}/novels_val.txt"
 # Rows by name: options of the model. Default size: 4 layers, C = 128, 4 heads, T = 128, 8 rows.
@@ -137,18 +137,22 @@ def add_result(name, entry, folder):
         writer.writerow(entry)
 
 
-def best_rate(row, options, folder=RESULTS):
-    """The learning rate with the least mean loss among half-length runs, "4e-3" without any.
+def rate_of(row, options, folder=RESULTS):
+    """The row's own learning rate; else that with the least mean loss among half-length runs, of
+    all its seeds; "4e-3" without any.
 
     A row that was not tried has that of the row whose options its own begin with.
     """
+    own = compare.parse_options(options, row).get("--learning-rate")
+    if own:
+        return own
     entries, losses = read_results("rates", folder), {}
     if not any(entry["row"] == row for entry in entries):
         row = next((kind for kind, own in KINDS.items() if options.startswith(own)), row)
     for entry in entries:
         if entry["row"] == row:
             losses.setdefault(entry["learning_rate"], []).append(float(entry["val_loss"]))
-    if set(losses) < set(RATES):
+    if any(len(losses.get(rate, ())) < len(RATE_SEEDS) for rate in RATES):
         return "4e-3"
     return min(losses, key=lambda rate: sum(losses[rate]) / len(losses[rate]))
 
@@ -167,23 +171,26 @@ def commit():
 class Torch(compare.Run):
     """A run of dev/pytorch/gpt2_mla.py on a GPU, from the C program's initial numbers."""
 
+    SCRIPT = ROOT / "dev/pytorch/gpt2_mla.py"
+    PASSED_ON = compare.DATA + ("--steps", "--seed", "--learning-rate", "--warmup", "--val-every",
+                                "--val-batches", "--batch-size")
+
     def __init__(self, *arguments, extra):
-        super().__init__(*arguments)
         self.extra = extra
-        self.stem = self.stem.with_name(self.stem.name + "-torch")
-        if self.file(".json").exists():
-            self.result = json.loads(self.file(".json").read_text())
+        self.also = [compare.digest(self.SCRIPT), *extra]
+        super().__init__(*arguments)
 
     def start(self, threads):
         o, init = self.options, self.file(".init")
-        model = {k: v for k, v in o.items() if k not in ("--learning-rate", "--batch-size")}
+        model = {k: v for k, v in o.items() if k not in self.PASSED_ON or k == "--seed"}
         made = subprocess.run([self.program, *compare.command_line({**model, "--steps": "0"}),
-                               "--save", init], capture_output=True, text=True)
+                               "--train-data", o["--train-data"], "--save", init],
+                              capture_output=True, text=True)
         if made.returncode:
             raise SystemExit(made.stderr)
         rate = float(o.get("--learning-rate", 4e-3))
         command = [
-            sys.executable, ROOT / "dev/pytorch/gpt2_mla.py", "train", "--load", init,
+            sys.executable, self.SCRIPT, "train", "--load", init,
             "--device", "cuda", "--train-data", o["--train-data"], "--val-data", o["--val-data"],
             "--steps", o["--steps"], "--seed", o["--seed"], "--learning-rate", str(rate),
             "--schedule", "cosine", "--min-lr", str(rate / 10), "--order", "random",
@@ -209,40 +216,52 @@ def run_experiment(name, options, folder):
     """Runs what is missing of an experiment, adds it to its CSV; compares what was asked again."""
     published = {(e["row"], e["seed"], e["learning_rate"]): e for e in read_results(name, folder)}
     program, hashes, runs = str(compare.build(ROOT)), {}, []
-    steps = options.steps or (2000 if name == "rates" else 4000)
+    steps = 2000 if name == "rates" else 4000
     cuda = options.device == "cuda"
     data = Path(options.data).resolve()
-    for row, text, seeds in EXPERIMENTS[name]:
-        if options.only and not any(row.startswith(only) for only in options.only):
-            continue
+    matched = [entry for entry in EXPERIMENTS[name]
+               if not options.only or any(entry[0].startswith(only) for only in options.only)]
+    for row, text, seeds in matched:
         text = text.format(data=shlex.quote(str(data)))
         words = {**compare.parse_options(NOVELS.format(data=shlex.quote(str(data))), name),
                  "--steps": str(steps), "--val-every": "1000", "--val-batches": "100",
                  **compare.parse_options(text, row)}
+        if options.quick:
+            words["--steps"] = "300"
         compare.add_data(words)
         model = compare.probe(program, words)
-        rates = [words.get("--learning-rate") or best_rate(row, text, folder)]
-        for rate in RATES if name == "rates" else rates:
-            words["--learning-rate"] = rate
+        for rate in RATES if name == "rates" else [rate_of(row, text, folder)]:
             for seed in options.seeds or seeds:
-                arguments = (row, program, words, seed, model, options.out.resolve(), hashes)
+                arguments = (row, program, {**words, "--learning-rate": rate}, seed, model,
+                             options.out.resolve(), hashes)
                 extra = ["--bf16", "--compile"] if name == "size" else ["--graph"]
                 run = Torch(*arguments, extra=extra) if cuda else compare.Run(*arguments)
                 run.row, run.rate = row, rate
                 runs.append(run)
     missing = [run for run in runs if (run.row, str(run.seed), run.rate) not in published]
     if missing or not (options.only or options.seeds):
-        runs = missing  # else all that was asked for by name is there: it is made again
-    if options.limit:
-        runs = runs[:options.limit]
+        runs = missing
+    else:
+        for run in runs:
+            for ending in (".json", ".csv", ".safetensors"):
+                run.file(ending).unlink(missing_ok=True)
+            run.result = None
+    if options.only and not matched:
+        raise SystemExit(f"--only: {name} has no such row, expected the beginning of one of "
+                         + ", ".join(row for row, _, _ in EXPERIMENTS[name]))
     if not runs:
-        print(f"{name}: all runs are in dev/results/{name}.csv")
+        print(f"{name}: all runs are in {folder / name}.csv")
         return 0
+    for run in runs:  # what stands beside it in the CSV must be made alike
+        is_now = ("PyTorch" if cuda else "C", hashes[run.options["--train-data"]][:8])
+        for entry in published.values():
+            was = (entry["program"], entry["data"])
+            if entry["row"] == run.row and was != is_now:
+                raise SystemExit(f"{folder / name}.csv: {run.row} was run by {was[0]} on data "
+                                 f"{was[1]}; this would be {is_now[0]} on {is_now[1]}")
     runs.sort(key=lambda run: run.seed)  # so that an interruption leaves whole seeds
 
     def done(run):
-        from plot import read_log
-        log = read_log(run.file(".csv"))[1]
         result, old = run.result, published.get((run.row, str(run.seed), run.rate))
         entry = {
             **{key: result[key] for key in ("parameters", "cache", "vector_bytes")},
@@ -250,9 +269,8 @@ def run_experiment(name, options, folder):
             "options": dict((r, o) for r, o, _ in EXPERIMENTS[name])[run.row],
             "bits_per_byte": result["bits_per_byte"] or "",
             "program": "PyTorch" if cuda else "C", "commit": commit(),
-            "val_loss": f"{result['val_loss']:.6f}", "train_loss": f"{result['train_loss']:.6f}",
-            "best_val_loss": f"{min(v for v in log['val_loss'] if v == v):.6f}",
-            "tokens_per_second": f"{result['tokens_per_second']:.0f}",
+            "val_loss": f"{result['val_loss']:.6f}",
+            "tokens_per_second": "" if cuda else f"{result['tokens_per_second']:.0f}",
             "seconds": f"{result['seconds']:.0f}", "data": hashes[run.options["--train-data"]][:8],
             "processor": gpu_name() if cuda else result["processor"]}
         if old is None:
@@ -275,19 +293,21 @@ def main():
     parser.add_argument("--seeds", type=compare.seed_list, help="1-5 or 1,2,7 (each one's own)")
     parser.add_argument("--quick", action="store_true",
                         help="300 steps, two seeds; results go to OUT/quick and not to dev/results")
-    parser.add_argument("--jobs", type=int, help="runs at a time, one thread each (cores)")
-    parser.add_argument("--limit", type=int, help="at most so many runs")
+    parser.add_argument("--jobs", type=compare.positive, 
+                        help="runs at a time, one thread each (cores)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu",
                         help="cuda: PyTorch in place of the C program")
     parser.add_argument("--data", default=ROOT / "data", metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=Path("runs"), metavar="FOLDER")
     options = parser.parse_args()
-    options.steps, folder = None, RESULTS
+    folder = RESULTS
     if options.quick:
-        options.steps, folder = 300, options.out.resolve() / "quick"
+        folder = options.out.resolve() / "quick"
         options.seeds = options.seeds or [1, 2]
-    options.out.mkdir(parents=True, exist_ok=True)
-    names = [*EXPERIMENTS] if "all" in options.names else options.names
+    held = compare.lock(options.out)  # noqa: F841  until the end
+    names = options.names
+    if "all" in names:  # size without a GPU would take weeks
+        names = [name for name in EXPERIMENTS if name != "size" or options.device == "cuda"]
     try:
         return 1 if sum(run_experiment(name, options, folder) for name in names) else 0
     except KeyboardInterrupt:

@@ -27,7 +27,8 @@ def read_log(path):
     """
     said, rows = {}, []
     try:
-        lines = Path(path).read_text().splitlines()
+        text = Path(path).read_text()
+        lines = text[:text.rfind("\n") + 1].splitlines()  # the last may be on its way
     except (OSError, UnicodeDecodeError) as error:
         raise SystemExit(f"{path}: cannot read: {error}") from None
     for line in lines:
@@ -63,8 +64,10 @@ def labels(paths, said):
         parts = list(kind) if len(set(kinds)) > 1 or not keys else []
         parts += [f"{key} {one[key]}" for key in keys if one.get(key, "0") not in ("0", "none")]
         texts.append(", ".join(filter(None, parts)))
-    return [text if text and texts.count(text) == 1 else f"{Path(path).stem} {text}".strip()
-            for path, text in zip(paths, texts)]
+    names = [str(path) if len({Path(p).stem for p in paths}) < len(paths) else Path(path).stem
+             for path in paths]
+    return [text if text and texts.count(text) == 1 else f"{name} {text}".strip()
+            for name, text in zip(names, texts)]
 
 
 def smoothed(loss):
@@ -89,6 +92,12 @@ def new_axes(xlabel, ylabel, size=(7, 4.2)):
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.25)
     return figure, axes
+
+
+def check_format(path):
+    """SystemExit unless the path ends as a kind of picture does that can be written."""
+    if Path(path).suffix not in (".svg", ".png", ".pdf"):
+        raise SystemExit(f"{path}: expected a name that ends in .svg, .png or .pdf")
 
 
 def save(figure, path):
@@ -135,6 +144,7 @@ def main():
                         help="svg, png or pdf (losses.svg)")
     parser.add_argument("--x", choices=["step", "seconds"], default="step")
     options = parser.parse_args()
+    check_format(options.out)
     said, columns = zip(*(read_log(path) for path in options.logs))
     for path, column in zip(options.logs, columns):
         if not len(column["step"]):

@@ -1,9 +1,10 @@
-"""Writes the results' tables into the texts, and their figures, from dev/results/*.csv.
+"""Writes the results' tables into the texts, and their figures, from dev/results/*.csv and
+dev/speed/decode_speed.md.
 
     python3 dev/report.py              rewrites what stands between <!-- NAME --> and <!-- /NAME -->
-                                       in doc/writeup.md and README.md, and doc/figures/*_loss.svg
+                                       in doc/writeup.md and README.md, and figures in doc/figures
     python3 dev/report.py --check      changes nothing; status 1 if a text does not say what the
-                                       CSVs do
+                                       CSVs do, or a figure is missing
 
 Needs numpy and scipy, for the figures matplotlib.
 """
@@ -28,7 +29,7 @@ def losses(name):
     """{row: {seed: validation loss}} of an experiment, each row at its chosen learning rate"""
     found = {}
     for entry in experiments.read_results(name):
-        if entry["learning_rate"] == experiments.best_rate(entry["row"], entry["options"]):
+        if entry["learning_rate"] == experiments.rate_of(entry["row"], entry["options"]):
             found.setdefault(entry["row"], {})[int(entry["seed"])] = float(entry["val_loss"])
     return found
 
@@ -67,7 +68,7 @@ def rates_table():
             own = [float(e["val_loss"]) for e in entries
                    if e["row"] == row and e["learning_rate"] == rate]
             cell = mean_sd(own)
-            chosen = experiments.best_rate(row, entry_of("rates", row)["options"])
+            chosen = experiments.rate_of(row, entry_of("rates", row)["options"])
             cells.append(f"**{cell}**" if rate == chosen else cell)
         lines.append([row, *cells])
     return markdown(["row", *experiments.RATES], lines)
@@ -82,7 +83,7 @@ def against_first_table(name):
         entry = entry_of(name, row)
         beside = compare.paired(found[row], found[rows[0]], len(rows) - 1)
         lines.append([row, entry["parameters"], entry["cache"],
-                      experiments.best_rate(row, entry["options"]), str(len(found[row])),
+                      experiments.rate_of(row, entry["options"]), str(len(found[row])),
                       mean_sd(found[row].values()), difference(beside) if row != rows[0] else ""])
     return markdown(["row", "parameters", "cache", "rate", "seeds", "validation loss (sd)",
                      f"difference to {rows[0]}"], lines)
@@ -105,26 +106,32 @@ CHANGES = [
 
 
 def changes():
-    """[(text, compare.paired's result)], each interval for itself"""
+    """[(text, from, to, alone, jointly)]: compare.paired's results, for an interval by itself and
+    for all of them together"""
     found = losses("steps")
-    return [(text, new, old, compare.paired(found[new], found[old], 1))
-            for text, new, old in CHANGES]
+    return [(text, old, new, *(compare.paired(found[new], found[old], n)
+                               for n in (1, len(CHANGES)))) for text, new, old in CHANGES]
 
 
 def changes_table():
-    return markdown(["change", "from", "to", "difference in loss"],
-                    [[text, old, new, difference(d)] for text, new, old, d in changes()])
+    rates = {row: experiments.rate_of(row, options)
+             for row, options, _ in experiments.EXPERIMENTS["steps"]}
+    return markdown(["change", "from", "to", "rates", "difference", "± alone", "± all ten"],
+                    [[text, old, new, f"{rates[old]}, {rates[new]}", f"{alone['mean']:+.4f}",
+                      f"{alone['half']:.4f}", f"{joint['half']:.4f}"]
+                     for text, old, new, alone, joint in changes()])
 
 
 def headline_table():
     """The rows of `steps` that README shows"""
     found, lines = losses("steps"), []
+    compared = sum(len(seeds) > 1 for seeds in found.values()) - 1  # as in the table of all
     for row in ("mha rope", "mha decoupled", "mla decoupled"):
         entry = entry_of("steps", row)
-        beside = compare.paired(found[row], found["mha rope"], 1) if row != "mha rope" else None
+        beside = compare.paired(found[row], found["mha rope"], compared)
         lines.append([row, entry["parameters"], entry["cache"], mean_sd(found[row].values()),
-                      difference(beside) if beside else ""])
-    return markdown(["6 seeds each", "parameters", "cached floats per token",
+                      difference(beside) if row != "mha rope" else ""])
+    return markdown([f"{len(found[row])} seeds each", "parameters", "cached floats per token",
                      "validation loss (sd)", "difference to mha"], lines)
 
 
@@ -139,12 +146,14 @@ TABLES = {
 # ---- Figures
 
 def changes_figure(path):
-    """Differences of loss, one line each, with their intervals"""
+    """Differences of loss, one line each, with both intervals, the wider one thin"""
     figure, axes = plot.new_axes("difference in validation loss (nats per byte)", "", (7, 4))
     found = changes()
-    for place, (text, _, _, d) in enumerate(found):
-        colour = plot.GREY if abs(d["mean"]) <= d["half"] else plot.COLOURS[d["mean"] > 0]
-        axes.errorbar(d["mean"], -place, xerr=d["half"], fmt="o", color=colour, capsize=3)
+    for place, (_, _, _, alone, joint) in enumerate(found):
+        mean = alone["mean"]
+        colour = plot.GREY if abs(mean) <= alone["half"] else plot.COLOURS[mean > 0]
+        axes.errorbar(mean, -place, xerr=joint["half"], fmt="none", color=colour, elinewidth=0.8)
+        axes.errorbar(mean, -place, xerr=alone["half"], fmt="o", color=colour, capsize=3)
     axes.axvline(0, color=plot.GREY, linewidth=1)
     axes.set_yticks([-place for place in range(len(found))], [text for text, *_ in found])
     plot.save(figure, path)

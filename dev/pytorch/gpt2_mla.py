@@ -538,10 +538,12 @@ def load_tokens(args, model, path):
 @torch.no_grad()
 def mean_loss(model, tokens, B, T, bf16=False):
     """Over the targets of a whole file, each predicted once; in nats"""
-    device, total = model.wte.weight.device, 0.0
+    device, total, training = model.wte.weight.device, 0.0, model.training
+    model.eval()
     for x, y in windows(tokens, B, T):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             total += model(x.to(device), y.to(device))[1].item() * y.numel()
+    model.train(training)
     return total / (len(tokens) - 1)
 
 
@@ -567,7 +569,7 @@ def learning_rate_at(args, step):
 def captured(update, model, optimizer):
     """`update` as one CUDA graph: a small model's hundreds of kernels start as one.
 
-    Its first calls, which a graph must not see, are undone.
+    Its first calls, which a graph must not see, are undone; AdamW's state is zero at the start.
     """
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     stream = torch.cuda.Stream()
@@ -609,8 +611,7 @@ def train(args):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             mean = step_model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())[1]
         mean.backward()
-        if args.grad_clip > 0:
-            norm.copy_(nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip))
+        norm.copy_(nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf))
         optimizer.step()
         optimizer.zero_grad()
         loss.copy_(mean.detach())
@@ -626,9 +627,8 @@ def train(args):
         log.write(f"# a log of gpt2_mla.py, {'bf16' if args.bf16 else 'float32'}\n# configuration: {configuration}\n"
                   f"# parameters: {sum(p.numel() for p in model.parameters())}\n# settings: {settings}\n"
                   "step,loss,lr,grad_norm,val_loss,tok_per_s,seconds\n")
-    seconds, began = [], time.perf_counter()
+    seconds, began, printed, start = [], time.perf_counter(), 0, time.perf_counter()
     for step in range(1, N + 1):
-        start = time.perf_counter()
         at.copy_(starts[step - 1])
         lr = learning_rate_at(args, step - 1)
         for group in optimizer.param_groups:
@@ -638,7 +638,7 @@ def train(args):
         if not (validates or step % args.print_every == 0 or step == N):
             continue
         value = loss.item()                                                      # waits for the device
-        seconds.append(time.perf_counter() - start)
+        seconds.append((time.perf_counter() - start) / (step - printed))         # per step
         line = f"step {step}/{N} | loss {value:.6f}"
         val_loss = mean_loss(model, val, args.eval_batch_size or B, T, args.bf16) if validates else None
         print(line + (f" | val {val_loss:.6f}" if validates else ""), flush=True)
@@ -649,7 +649,8 @@ def train(args):
             log.flush()
         if not math.isfinite(value):
             raise SystemExit(f"step {step}: loss {value}")
-    if N > 1:
+        printed, start = step, time.perf_counter()
+    if len(seconds) > 1:
         print(f"median of steps 2 to {N}: {B * T / np.median(seconds[1:]):.0f} tok/s")
     if args.save:
         model.save_checkpoint(args.save)
