@@ -1,4 +1,4 @@
-"""Tests of dev/compare.py and dev/plot.py: statistics, runs that stop, fail or repeat. A minute.
+"""Tests of compare.py, plot.py and experiments.py: statistics, runs that stop or fail. A minute.
 
     python3 dev/test/compare_test.py         with the program in the top folder; numpy, scipy
 """
@@ -19,6 +19,7 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "dev"))
 import compare  # noqa: E402
+import experiments  # noqa: E402
 import plot  # noqa: E402
 
 TINY = "--layers 1 --channels 16 --heads 2 --seq-len 16 --val-batches 1"
@@ -67,6 +68,7 @@ def test_runs(folder):
     table = json.loads((folder / "o.json").read_text())["rows"]
     assert status == 1 and "b seed 1: failed: train_gpt2_mla: step" in err, err
     assert table[0]["seeds"] == [1, 2] and table[1]["seeds"] == [], "a's runs are whole"
+    assert "note: b: 2 of 2 seeds failed" in out, out
     assert (folder / "c.svg").read_text().startswith("<?xml")
     status, out, err = run(rows[0], "c=--attention mha --position learned", "--common",
                            common + " --steps 30", "--seeds", "1-2", folder=folder)
@@ -92,7 +94,44 @@ def test_runs(folder):
     assert [row["val_loss"] for row in resumed] == [row["val_loss"] for row in alone]
 
 
+def test_keys(folder):
+    """What else a run is known by: its data's bytes, and on a GPU PyTorch's script and how."""
+    data, program = folder / "data", str(ROOT / compare.PROGRAM)
+    options = {"--train-data": str(data), "--val-data": str(data)}
+
+    def made(kind=compare.Run, seed=1, **more):
+        return kind("a", program, options, seed, {}, folder, {}, **more)
+
+    data.write_text("one")
+    first = made().stem
+    assert first == made().stem != made(seed=2).stem
+    first.with_name(first.name + ".json").write_text('{"val_loss": 1}')
+    torch = made(experiments.Torch, extra=["--graph"])
+    assert made().result and torch.result is None and torch.stem != first
+    assert torch.stem != made(experiments.Torch, extra=["--bf16"]).stem
+    data.write_text("two")
+    assert made().stem != first
+
+
+def test_rates(folder):
+    """The rate with the least mean; none while one of its runs is missing."""
+    losses = {"3e-3": [3, 3, 3, 3], "4e-3": [2, 2, 2, 9], "6e-3": [3, 2, 2, 3]}
+    text = experiments.KINDS["mha rope"]
+    for rate, values in losses.items():
+        for seed, loss in zip(experiments.RATE_SEEDS, values):
+            assert experiments.rate_of("mha rope", text, folder) == "4e-3"
+            experiments.add_result("rates", {"row": "mha rope", "seed": seed, "val_loss": loss,
+                                             "learning_rate": rate}, folder)
+    assert experiments.rate_of("mha rope", text, folder) == "6e-3"
+    assert experiments.rate_of("mha rope, wider", text + " --channels 136", folder) == "6e-3"
+    assert experiments.rate_of("x", "--learning-rate 1e-3", folder) == "1e-3"
+
+
 def test_refusals(folder):
+    held = compare.lock(folder / "runs")
+    status, out, err = run("a=", "b=", folder=folder)
+    assert status and "another command is making runs there" in err, err
+    held.close()
     for arguments, line in [
             (["a=--attention mha"], "at least two variants"),
             (["a=", "a="], "a: this name is given twice"),
@@ -100,6 +139,10 @@ def test_refusals(folder):
             (["a=--attention", "b="], "a: --attention: its value is missing"),
             (["a=", "b=", "--common", "--train-data no --val-data no"], "no: no such file"),
             (["--against", "nothing"], "--against nothing: no such commit"),
+            (["a=", "b=", "--jobs", "0"], "'0', expected a whole number of at least 1"),
+            (["a=", "b='"], "No closing quotation"),
+            (["a=--steps x", "b="], "a: --steps x: expected at least 1"),
+            (["a=", "b=", "--plot", "x.xyz"], "x.xyz: expected a name that ends in .svg"),
             (["a=", "b=", "--seeds", "x"], "'x', expected seeds such as"),
             (["a=--attention mha --kv-heads 2", "b=", "--common",
               f"--train-data {folder / 'text'} --val-data {folder / 'text'}"],
@@ -140,7 +183,7 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         test_statistics()
-        for test in (test_runs, test_refusals, test_matching, test_plot):
+        for test in (test_runs, test_keys, test_rates, test_refusals, test_matching, test_plot):
             test(folder)
             print(f"{test.__name__}: as expected", flush=True)
 
