@@ -20,10 +20,12 @@ import concurrent.futures
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "train_gpt2_mla"
 OURS = ("--seed", "--save", "--log", "--resume", "--save-every", "--sample-every")
 FLAGS = ("--resume", "--eval", "--help")
-DATA = ("--train-data", "--val-data", "--tokenizer")
+DATA = ("--train-data", "--val-data", "--tokenizer", "--load")  # files: known by their bytes
 SMALL_DIFFERENCE = 0.005  # nats: what a table says the seeds for
 
 
@@ -74,7 +76,18 @@ def build(folder):
     made = subprocess.run(["make", "-s", PROGRAM], cwd=folder, capture_output=True, text=True)
     if made.returncode:
         raise SystemExit(f"{folder}: make {PROGRAM} failed:\n{made.stderr.strip()}")
+    print(made.stderr, end="", file=sys.stderr)  # warnings
     return Path(folder) / PROGRAM
+
+
+def copied(program, out):
+    """A copy of the program under its own digest, which stays as it is when the tree is edited"""
+    copy = out / "programs" / digest(program)[:16]
+    if not copy.exists():
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(program, f"{copy}.tmp")
+        os.replace(f"{copy}.tmp", copy)
+    return str(copy)
 
 
 def build_revision(revision, out):
@@ -175,12 +188,14 @@ class Run:
     """
 
     also = []  # what else a run is known by: texts
+    held = None  # the lock of the folder, which runs hold on to
 
     def __init__(self, name, program, options, seed, model, out, hashes):
         self.name, self.program, self.seed, self.model = name, program, seed, model
         self.options = {**options, "--seed": str(seed)}
         self.steps = int(options.get("--steps", 4000))
-        for path in (program, *(options[o] for o in DATA if o in options)):
+        self.hashes = hashes
+        for path in self.files():
             if path not in hashes:
                 hashes[path] = digest(path)
         known_by = {o: hashes.get(v, v) for o, v in self.options.items()}
@@ -189,6 +204,9 @@ class Run:
         self.process, self.result, self.failure = None, None, None
         if self.file(".json").exists():
             self.result = json.loads(self.file(".json").read_text())
+
+    def files(self):
+        return [self.program, *(self.options[o] for o in DATA if o in self.options)]
 
     def file(self, ending):
         return self.stem.with_name(self.stem.name + ending)
@@ -210,17 +228,28 @@ class Run:
         with open(self.file(".out"), "w") as output:
             self.process = subprocess.Popen(
                 [*command, *["--resume"] * save.exists()], stdout=output, stderr=output,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)}, start_new_session=True)
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)}, start_new_session=True,
+                pass_fds=[self.held.fileno()] if self.held else [])
 
     def finish(self):
         """Waits; keeps the result, or what went wrong."""
         status = self.process.wait()
+        if status < 0:
+            self.failure = f"killed by {signal.Signals(-status).name}; see {self.file('.out')}"
+            return
         if status:
             said = self.file(".out").read_text(errors="replace").strip().splitlines()
             self.failure = said[-1] if said else f"exit status {status}"
             return
         import plot
-        said, log = plot.read_log(self.file(".csv"))
+        path = self.file(".csv")
+        said, log = plot.read_log(path)
+        whole = len(log["step"]) and log["step"][-1] == self.steps
+        if not whole or not math.isfinite(log["val_loss"][-1]):
+            raise ValueError(f"{path}: expected a last row of step {self.steps} with a loss")
+        for path in self.files():
+            if digest(path) != self.hashes[path]:
+                raise ValueError(f"{path}: changed while this was running")
         rates = sorted(log["tok_per_s"])
         bits = re.findall(r"bits_per_byte ([\d.]+)", self.file(".out").read_text(errors="replace"))
         self.result = {
@@ -269,6 +298,11 @@ def run_all(runs, jobs, threads, done=lambda run: None):
         except (SystemExit, OSError, ValueError) as error:  # spoils no other run
             run.failure = str(error)
 
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C
+        signal.signal(number, interrupt)
     began, drawn = time.time(), 0
     total = sum(run.steps for run in left)
     before = sum(run.step() for run in left if run.file(".safetensors").exists())
@@ -303,7 +337,12 @@ def run_all(runs, jobs, threads, done=lambda run: None):
             print("\nstopping; each run saves, and the same command goes on", file=sys.stderr)
             for future in futures:
                 future.cancel()
-            pool.shutdown()
+            try:
+                pool.shutdown()
+            except KeyboardInterrupt:  # a run that does not stop
+                for run in left:
+                    if run.process and run.process.poll() is None:
+                        run.process.kill()
             sys.exit(130)
 
 
@@ -396,14 +435,14 @@ def warnings(rows):
         apart = row["model"]["parameters"] / base["model"]["parameters"] - 1
         if abs(apart) > 0.02:
             yield (f"{row['name']} has {100 * apart:+.1f}% parameters beside {base['name']} "
-                   f"(--match-params {base['name']} evens it out)")
+                   f"(--match-params {base['name']} comes as close as it can)")
         if row["model"]["position"] != base["model"]["position"]:
             yield (f"{row['name']} has position {row['model']['position']}, {base['name']} "
                    f"{base['model']['position']}: the difference is that of both changes")
     on = {}
     for row in rows:
         for run in row["runs"]:
-            if run.result:
+            if run.result and run.result["vector_bytes"]:
                 on.setdefault(run.seed, set()).add(
                     (run.result["processor"], run.result["vector_bytes"]))
     for seed, processors in sorted(on.items()):
@@ -423,7 +462,7 @@ def positive(text):
 
 
 def lock(out):
-    """Makes the folder this command's own until it ends, however it ends; else SystemExit."""
+    """Makes the folder this command's own until it and its runs end, however; else SystemExit."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         held = open(out / "lock", "w")
@@ -434,7 +473,7 @@ def lock(out):
     except OSError:
         raise SystemExit(f"--out {out}: another command is making runs there; wait for it, or name "
                          "another folder") from None
-    return held
+    Run.held = held
 
 
 def seed_list(text):
@@ -444,7 +483,7 @@ def seed_list(text):
                  for seed in range(int(first), int(last or first) + 1)]
     except ValueError:
         seeds = []
-    if not seeds:
+    if not seeds or len(seeds) > 1000:
         raise argparse.ArgumentTypeError(f"'{text}', expected seeds such as 1-5 or 1,2,7")
     return list(dict.fromkeys(seeds))
 
@@ -494,10 +533,12 @@ def main():
     if options.plot:
         plot.check_format(options.plot)
     out = options.out.resolve()
-    held = lock(out)  # noqa: F841  until the end
+    lock(out)
 
-    program = str(build(ROOT))
-    old = str(build_revision(options.against, out)) if options.against else None
+    program = copied(build(ROOT), out)
+    old = copied(build_revision(options.against, out), out) if options.against else None
+    if program == old:
+        print(f"note: the program of {options.against} is this one, byte for byte")
     common, hashes, table = parse_options(options.common, "--common"), {}, []
     known = {}  # a run that two rows share is made once
     parsed = {name: {**common, **parse_options(text, name)} for name, text in rows}

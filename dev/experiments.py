@@ -98,7 +98,8 @@ DATA = {f"{name}, {row}": f"{KINDS[row]} {files} --learning-rate 4e-3"
         for row in ("mha rope", "mla decoupled")}
 
 SIX, FOUR, THREE = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4], [1, 2, 3]
-EXPERIMENTS = {  # name: list of (row, options, seeds)
+EXPERIMENTS = {  # name: list of (row, options, seeds); the others rest on rates
+    "rates": [(row, options, RATE_SEEDS) for row, options in {**KINDS, **STEPS}.items()],
     "quality": [(row, options, FOUR if "learned" in row else SIX)
                 for row, options in {**KINDS, **MATCHED}.items()],
     "steps": [(row, KINDS[row], SIX) for row in ("mha rope", "mha decoupled", "mla decoupled")]
@@ -112,7 +113,6 @@ EXPERIMENTS = {  # name: list of (row, options, seeds)
                                                  "mla decoupled", "gqla decoupled")]
             + [(row, options, FOUR) for row, options in RANKS.items()],
 }
-EXPERIMENTS["rates"] = [(row, options, RATE_SEEDS) for row, options in {**KINDS, **STEPS}.items()]
 
 
 # ---- The CSVs
@@ -200,7 +200,7 @@ class Torch(compare.Run):
             "--eval-batch-size", str(32768 // int(o.get("--seq-len", 128))), *self.extra]
         with open(self.file(".out"), "w") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output,
-                                            start_new_session=True)
+                                            start_new_session=True, pass_fds=[self.held.fileno()])
 
     def finish(self):
         super().finish()
@@ -215,7 +215,7 @@ def gpu_name():
 def run_experiment(name, options, folder):
     """Runs what is missing of an experiment, adds it to its CSV; compares what was asked again."""
     published = {(e["row"], e["seed"], e["learning_rate"]): e for e in read_results(name, folder)}
-    program, hashes, runs = str(compare.build(ROOT)), {}, []
+    program, hashes, runs = compare.copied(compare.build(ROOT), options.out.resolve()), {}, []
     steps = 2000 if name == "rates" else 4000
     cuda = options.device == "cuda"
     data = Path(options.data).resolve()
@@ -304,7 +304,7 @@ def main():
     if options.quick:
         folder = options.out.resolve() / "quick"
         options.seeds = options.seeds or [1, 2]
-    held = compare.lock(options.out)  # noqa: F841  until the end
+    compare.lock(options.out)
     names = options.names
     if "all" in names:  # size without a GPU would take weeks
         names = [name for name in EXPERIMENTS if name != "size" or options.device == "cuda"]

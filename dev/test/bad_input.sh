@@ -270,6 +270,12 @@ row 2 'run: its run had batch 2 x 1 x 8; this one has batch 3 x 1 x 8 (--load st
 row 2 'run: its run had steps 2; this one has steps 9 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 2 --steps 9
 row 2 'run: its run had dropout 0; this one has dropout 0.5 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 2 --steps 2 --dropout 0.5
 row 2 'run: its run had lr 0.004 to 0.0004; this one has lr 0.004000001 to 0.0004000001 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 2 --steps 2 --learning-rate 0.004000001
+row 2 'run: its run had decay 0.1; this one has decay 0.10000001 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 2 --steps 2 --weight-decay 0.10000001
+row 2 'run: its run had betas 0.9 0.99; this one has betas 0.90000001 0.99 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 2 --steps 2 --beta1 0.90000001
+row 2 'run: its run had betas 0.9 0.99; this one has betas 0.9 0.99000001 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 2 --steps 2 --beta2 0.99000001
+row 2 'run: its run had eps 1e-08; this one has eps 1.0000001e-08 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 2 --steps 2 --eps 1.0000001e-8
+row 2 'run: its run had clip 1; this one has clip 1.0000001 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 2 --steps 2 --grad-clip 1.0000001
+row 2 'run: its run had dropout 0; this one has dropout 0.50000001 (--load starts another run from it)' $tiny --resume --save run --train-data text --batch-size 2 --steps 2 --dropout 0.50000001
 $RUN "$program" $tiny --resume --save run --train-data text --batch-size 2 --steps 2 --sample-every 0 >out
 holds "a finished run: says so" grep -qx 'run: all its 2 steps are done already' out
 cat text text >text2
@@ -366,6 +372,14 @@ if [ -c /dev/full ]; then
     holds "standard output is full: exit status" [ $? = 1 ]
     holds "standard output is full: line" grep -qx "train_gpt2_mla: standard output: cannot write: .*" err
 fi
+
+# What a run prints.
+
+$RUN "$program" --load run --eval --val-data text >out
+holds "--eval names its data" grep -Eq '^43 tokens of text, [0-9]+ threads$' out
+first_loss() { $RUN "$program" $tiny --train-data text --steps 1 --sample-every 0 "$@" | sed -n 's/^step 1.*loss \([0-9.]*\) .*/\1/p'; }
+holds "--dropout drops" [ "$(first_loss)" != "$(first_loss --dropout 0.9)" ]
+holds "without it nothing is dropped" [ "$(first_loss)" = "$(first_loss --dropout 0)" ]
 
 # Too little of something. What this system does not let us try is said, and counts for nothing.
 

@@ -128,10 +128,11 @@ def test_rates(folder):
 
 
 def test_refusals(folder):
-    held = compare.lock(folder / "runs")
+    compare.lock(folder / "runs")
     status, out, err = run("a=", "b=", folder=folder)
     assert status and "another command is making runs there" in err, err
-    held.close()
+    compare.Run.held.close()
+    compare.Run.held = None
     for arguments, line in [
             (["a=--attention mha"], "at least two variants"),
             (["a=", "a="], "a: this name is given twice"),
