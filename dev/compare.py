@@ -203,7 +203,11 @@ class Run:
         self.stem = out / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.process, self.result, self.failure = None, None, None
         if self.file(".json").exists():
-            self.result = json.loads(self.file(".json").read_text())
+            try:
+                self.result = json.loads(self.file(".json").read_text())
+            except ValueError:
+                raise SystemExit(f"{self.file('.json')}: cut short; delete it, and the run is "
+                                 "made again") from None
 
     def files(self):
         return [self.program, *(self.options[o] for o in DATA if o in self.options)]

@@ -44,7 +44,10 @@ def read_log(path):
             rows.append(line.split(","))
     if COLUMNS not in lines or any(len(row) != 7 for row in rows):
         raise SystemExit(f"{path}: expected a log of train_gpt2_mla, with a line {COLUMNS}")
-    columns = np.array([[float(text or "nan") for text in row] for row in rows]).reshape(-1, 7)
+    try:
+        columns = np.array([[float(text or "nan") for text in row] for row in rows]).reshape(-1, 7)
+    except ValueError:
+        raise SystemExit(f"{path}: a row has something that is no number") from None
     return said, dict(zip(COLUMNS.split(","), columns.T))
 
 
