@@ -309,6 +309,7 @@ cp log.csv log.before
 echo '# train_gpt2_mla' >text.md
 row 1 'text: exists and is no checkpoint of this program; will not replace it' $trained --log log.csv --save text
 holds "a log that was there is as it was" cmp log.csv log.before
+holds "a log of this program is replaced" $RUN "$program" $trained --log log.csv
 row 2 '--log both: the same file as --save' $trained --log both --save both
 row 1 './x: exists and is no checkpoint of this program; will not replace it' $trained --log x --save ./x
 row 1 'y.tmp: exists and is no checkpoint of this program; will not replace it' $trained --log y.tmp --save y
