@@ -77,7 +77,7 @@ def test_runs(folder):
 
     # A run that is stopped goes on, and ends as one that was left alone.
     long = ["d=--attention mqa", "e=--attention mqa --seq-len 8", "--common",
-            common + " --steps 1000", "--seeds", "1", "--json", "long.json"]
+            common + " --steps 6000", "--seeds", "1", "--json", "long.json"]
     started = subprocess.Popen([sys.executable, ROOT / "dev/compare.py", *long], cwd=folder,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not list((folder / "runs").glob("*.csv")) or started.poll() is None and not any(
@@ -85,7 +85,8 @@ def test_runs(folder):
             for log in (folder / "runs").glob("*.csv")):
         time.sleep(0.05)
     started.send_signal(signal.SIGINT)
-    assert started.wait() == 130 and "the same command goes on" in started.stderr.read()
+    said, status = started.stderr.read(), started.wait()
+    assert status == 130 and "the same command goes on" in said, (status, said)
     assert not (folder / "long.json").exists()
     assert run(*long, folder=folder)[0] == 0
     resumed = json.loads((folder / "long.json").read_text())["rows"]
