@@ -258,7 +258,8 @@ def run_experiment(name, options, folder):
             was = (entry["program"], entry["data"])
             if entry["row"] == run.row and was != is_now:
                 raise SystemExit(f"{folder / name}.csv: {run.row} was run by {was[0]} on data "
-                                 f"{was[1]}; this would be {is_now[0]} on {is_now[1]}")
+                                 f"{was[1]}; this would be {is_now[0]} on {is_now[1]}: "
+                                 "move that file away to make your own")
     runs.sort(key=lambda run: run.seed)  # so that an interruption leaves whole seeds
 
     def done(run):
