@@ -259,6 +259,7 @@ class Run:
         self.result = {
             "name": self.name, "seed": self.seed, "options": self.options,
             "val_loss": float(log["val_loss"][-1]),
+            "best_val_loss": min(float(x) for x in log["val_loss"] if x == x),  # NaN: none there
             "bits_per_byte": float(bits[-1]) if bits else None,
             "tokens_per_second": rates[len(rates) // 2], "seconds": float(log["seconds"][-1]),
             **self.model, "processor": processor(),

@@ -37,7 +37,7 @@ RATES = ["3e-3", "4e-3", "6e-3"]
 RATE_SEEDS = [101, 102, 103, 104]
 COLUMNS = ["row", "seed", "program", "val_loss", "learning_rate", "parameters", "cache",
            "tokens_per_second", "seconds", "processor", "vector_bytes", "commit", "data", "options",
-           "bits_per_byte"]
+           "bits_per_byte", "best_val_loss"]
 
 NOVELS = "--train-data {data}/novels_train.txt --val-data {data}/novels_val.txt"
 # Rows by name: options of the model. Default size: 4 layers, C = 128, 4 heads, T = 128, 8 rows.
@@ -97,7 +97,7 @@ DATA = {f"{name}, {row}": f"{KINDS[row]} {files} --learning-rate 4e-3"
         for name, files in (("tinyshakespeare", SHAKESPEARE), ("BPE", BPE))
         for row in ("mha rope", "mla decoupled")}
 
-SIX, FOUR, THREE = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4], [1, 2, 3]
+SIX, FOUR = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4]
 EXPERIMENTS = {  # name: list of (row, options, seeds); the others rest on rates
     "rates": [(row, options, RATE_SEEDS) for row, options in {**KINDS, **STEPS}.items()],
     "quality": [(row, options, FOUR if "learned" in row else SIX)
@@ -107,7 +107,7 @@ EXPERIMENTS = {  # name: list of (row, options, seeds); the others rest on rates
     "learned": [(row, options, FOUR) for row, options in {
         "mha learned": KINDS["mha learned"], "mla learned": KINDS["mla learned"],
         **LEARNED}.items()],
-    "size": [(row, options, THREE) for row, options in SIZES.items()],
+    "size": [(row, options, SIX[:5]) for row, options in SIZES.items()],
     "data": [(row, options, FOUR) for row, options in DATA.items()],
     "rank": [(row, KINDS[row], FOUR) for row in ("mha rope", "gqa rope", "mqa rope",
                                                  "mla decoupled", "gqla decoupled")]
@@ -271,6 +271,7 @@ def run_experiment(name, options, folder):
             "bits_per_byte": result["bits_per_byte"] or "",
             "program": "PyTorch" if cuda else "C", "commit": commit(),
             "val_loss": f"{result['val_loss']:.6f}",
+            "best_val_loss": f"{result.get('best_val_loss', float('nan')):.6f}",
             "tokens_per_second": "" if cuda else f"{result['tokens_per_second']:.0f}",
             "seconds": f"{result['seconds']:.0f}", "data": hashes[run.options["--train-data"]][:8],
             "processor": gpu_name() if cuda else result["processor"]}
@@ -294,7 +295,7 @@ def main():
     parser.add_argument("--seeds", type=compare.seed_list, help="1-5 or 1,2,7 (each one's own)")
     parser.add_argument("--quick", action="store_true",
                         help="300 steps, two seeds; results go to OUT/quick and not to dev/results")
-    parser.add_argument("--jobs", type=compare.positive, 
+    parser.add_argument("--jobs", type=compare.positive,
                         help="runs at a time, one thread each (cores)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu",
                         help="cuda: PyTorch in place of the C program")

@@ -2,7 +2,8 @@
 dev/speed/decode_speed.md.
 
     python3 dev/report.py              rewrites what stands between <!-- NAME --> and <!-- /NAME -->
-                                       in doc/writeup.md and README.md, and figures in doc/figures
+                                       in doc/writeup.md, doc/modify.md and README.md, and figures in
+                                       doc/figures
     python3 dev/report.py --check      changes nothing; status 1 if a text does not say what the
                                        CSVs do, or a figure is missing
 
@@ -10,18 +11,20 @@ Needs numpy and scipy, for the figures matplotlib.
 """
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 import compare
 import experiments
 import plot
 
 ROOT = experiments.ROOT
-TEXTS = [ROOT / "doc" / "writeup.md", ROOT / "README.md"]
+TEXTS = [ROOT / "doc" / "writeup.md", ROOT / "doc" / "modify.md", ROOT / "README.md"]
 FIGURES = ROOT / "doc" / "figures"
 
 
@@ -74,11 +77,17 @@ def rates_table():
     return markdown(["row", *experiments.RATES], lines)
 
 
-def against_first_table(name):
-    """Every row of an experiment beside its first: parameters, cache, loss, difference"""
+def rows_of(name, has="", lacks=None):
+    """Rows of an experiment with two seeds or more, those whose name has (and lacks) a word"""
     found = losses(name)
-    rows = [row for row, _, _ in experiments.EXPERIMENTS[name] if len(found.get(row, ())) > 1]
-    lines = []
+    return [row for row, _, _ in experiments.EXPERIMENTS[name] if len(found.get(row, ())) > 1
+            and has in row and not (lacks and lacks in row)]
+
+
+def against_first_table(name, rows=None):
+    """Rows of an experiment (all) beside the first: parameters, cache, loss, difference"""
+    found, lines = losses(name), []
+    rows = rows or rows_of(name)
     for row in rows:
         entry = entry_of(name, row)
         beside = compare.paired(found[row], found[rows[0]], len(rows) - 1)
@@ -87,6 +96,104 @@ def against_first_table(name):
                       mean_sd(found[row].values()), difference(beside) if row != rows[0] else ""])
     return markdown(["row", "parameters", "cache", "rate", "seeds", "validation loss (sd)",
                      f"difference to {rows[0]}"], lines)
+
+
+# Comparisons that the text names besides, each with an interval by itself.
+PAIRS = [
+    ("rank", "gqa rope", "mla decoupled"),
+    ("rank", "mla, rank 16", "mla, rank 128"),
+    ("rank", "mla, rank 16", "mha rope"),
+    ("learned", "mla learned, layernorm", "mha learned"),
+    ("learned", "mla learned", "mla learned, layernorm"),
+    ("size", "25M mla decoupled", "25M mqa rope"),
+]
+HIGH_RATE = ["mla, layernorm", "mla, rmsnorm", "mla, query latent, no norm"]
+
+
+def pairs_table():
+    """PAIRS, and what rows of HIGH_RATE lose from 4e-3 to 6e-3"""
+    lines = []
+    for name, new, old in PAIRS:
+        found = losses(name)
+        lines.append([name, new, old, compare.paired(found[new], found[old], 1)])
+    for row in HIGH_RATE:
+        at = [{int(e["seed"]): float(e["val_loss"]) for e in experiments.read_results("rates")
+               if e["row"] == row and e["learning_rate"] == rate} for rate in ("6e-3", "4e-3")]
+        lines.append(["rates", f"{row}, 6e-3", "4e-3", compare.paired(*at, 1)])
+    return markdown(["experiment", "row", "beside", "seeds", "difference"],
+                    [[name, new, old, str(len(found["seeds"])), difference(found)]
+                     for name, new, old, found in lines])
+
+
+def programs_table():
+    """The rows that the C program and the PyTorch model have both trained, at the same rate"""
+    ours, lines = losses("quality"), []
+    theirs = {**losses("rank"), **losses("steps")}
+    shared = [row for row in ours if len(ours[row]) > 1 and len(theirs.get(row, ())) > 1]
+    for row in shared:
+        a, b = list(ours[row].values()), list(theirs[row].values())
+        found = stats.ttest_ind(a, b, equal_var=False)
+        low, high = found.confidence_interval(1 - 0.05 / len(shared))
+        lines.append([row, f"{mean_sd(a)}, {len(a)}", f"{mean_sd(b)}, {len(b)}",
+                      difference({"mean": np.mean(a) - np.mean(b), "half": (high - low) / 2})])
+    return markdown(["row", "C: loss (sd), seeds", "PyTorch", "difference"], lines)
+
+
+def size_table():
+    """Every size against its own mha"""
+    found, lines = losses("size"), []
+    for size in ("6M", "25M"):
+        rows = rows_of("size", has=size)
+        for row in rows:
+            entry = entry_of("size", row)
+            beside = compare.paired(found[row], found[rows[0]], len(rows) - 1)
+            lines.append([row, entry["parameters"], entry["cache"], str(len(found[row])),
+                          mean_sd(found[row].values()), difference(beside) if row != rows[0] else ""])
+    return markdown(["row", "parameters", "cache", "seeds", "validation loss (sd)",
+                     "difference to mha"], lines)
+
+
+def data_table():
+    """mla against mha on other data; bits per byte where tokens are not bytes"""
+    found, bits, lines = losses("data"), {}, []
+    for entry in experiments.read_results("data"):
+        bits.setdefault(entry["row"], []).append(float(entry["bits_per_byte"]))
+    for data in ("tinyshakespeare", "BPE"):
+        rows = rows_of("data", has=data)
+        for row in rows:
+            beside = compare.paired(found[row], found[rows[0]], len(rows) - 1)
+            lines.append([row, entry_of("data", row)["parameters"], str(len(found[row])),
+                          mean_sd(found[row].values()), mean_sd(bits[row]),
+                          difference(beside) if row != rows[0] else ""])
+    return markdown(["row", "parameters", "seeds", "loss per token (sd)", "bits per byte (sd)",
+                     "difference to mha, loss"], lines)
+
+
+def time_table():
+    """What has been run: rows, seeds, machine time"""
+    lines, total = [], 0.0
+    for name in experiments.EXPERIMENTS:
+        entries = experiments.read_results(name)
+        for program in sorted({entry["program"] for entry in entries}):
+            own = [entry for entry in entries if entry["program"] == program]
+            seconds = [float(entry["seconds"]) for entry in own]
+            total += sum(seconds)
+            lines.append([name, program, str(len({entry["row"] for entry in own})), str(len(own)),
+                          f"{np.median(seconds):.0f} s", f"{sum(seconds) / 3600:.1f} h"])
+    lines.append(["all", "", "", str(sum(int(line[3]) for line in lines)), "",
+                  f"{total / 3600:.1f} h"])
+    return markdown(["experiment", "program", "rows", "runs", "a run (median)", "all of them"],
+                    lines)
+
+
+def modified_table(name):
+    """What dev/compare.py said of a worked change: dev/results/NAME.json"""
+    table = json.loads((experiments.RESULTS / f"{name}.json").read_text())["rows"]
+    lines = [[row["name"], str(row["parameters"]), str(row["cache"]), str(len(row["seeds"])),
+              f"{row['val_loss']:.4f} ({row['sd']:.4f})",
+              difference(row["difference"]) if row["difference"] else ""] for row in table]
+    return markdown(["", "parameters", "cache", "seeds", "validation loss (sd)",
+                     f"difference to {table[0]['name']}"], lines)
 
 
 # One change each, from the second row to the first.
@@ -98,6 +205,7 @@ CHANGES = [
     ("queries from a latent, normed", "mla decoupled", "mla, layernorm"),
     ("all of these: mla", "mla decoupled", "mha rope"),
     ("queries from a latent, no norm at all", "mla, query latent, no norm", "mla, plain"),
+    ("the same with a query latent of 128", "mla, query latent of 128, no norm", "mla, plain"),
     ("RMSNorm in place of LayerNorm, both latents", "mla, query latent, rmsnorm",
      "mla decoupled"),
     ("DeepSeek's widths in place of split heads", "mla, DeepSeek's widths", "mla decoupled"),
@@ -116,18 +224,18 @@ def changes():
 def changes_table():
     rates = {row: experiments.rate_of(row, options)
              for row, options, _ in experiments.EXPERIMENTS["steps"]}
-    return markdown(["change", "from", "to", "rates", "difference", "± alone", "± all ten"],
+    return markdown(["change", "from", "to", "rates", "difference", "± alone", "± all"],
                     [[text, old, new, f"{rates[old]}, {rates[new]}", f"{alone['mean']:+.4f}",
                       f"{alone['half']:.4f}", f"{joint['half']:.4f}"]
                      for text, old, new, alone, joint in changes()])
 
 
 def headline_table():
-    """The rows of `steps` that README shows"""
-    found, lines = losses("steps"), []
-    compared = sum(len(seeds) > 1 for seeds in found.values()) - 1  # as in the table of all
-    for row in ("mha rope", "mha decoupled", "mla decoupled"):
-        entry = entry_of("steps", row)
+    """The rows of `quality` that README shows"""
+    found, lines = losses("quality"), []
+    compared = len(rows_of("quality", lacks="learned")) - 1  # as in the table of all
+    for row in ("mha rope", "gqa rope", "mqa rope", "mla decoupled", "gqla decoupled"):
+        entry = entry_of("quality", row)
         beside = compare.paired(found[row], found["mha rope"], compared)
         lines.append([row, entry["parameters"], entry["cache"], mean_sd(found[row].values()),
                       difference(beside) if row != "mha rope" else ""])
@@ -138,8 +246,19 @@ def headline_table():
 TABLES = {
     "headline": headline_table,
     "rates": rates_table,
+    "quality": lambda: against_first_table("quality", rows_of("quality", lacks="learned")),
+    "quality learned": lambda: against_first_table("quality", rows_of("quality", has="learned")),
     "steps": lambda: against_first_table("steps"),
     "changes": changes_table,
+    "learned": lambda: against_first_table("learned"),
+    "rank": lambda: against_first_table("rank"),
+    "size": size_table,
+    "data": data_table,
+    "programs": programs_table,
+    "pairs": pairs_table,
+    "time": time_table,
+    **{name: lambda name=name: modified_table(name)
+       for name in ("qk_norm", "rotary_keys_per_head", "tied_keys_and_values")},
 }
 
 
@@ -179,6 +298,28 @@ def rates_figure(path):
     plot.save(figure, path)
 
 
+def rank_figure(path):
+    """Loss over what a decoder keeps: fewer key/value heads against smaller latents"""
+    figure, axes = plot.new_axes("cached floats per token", "validation loss (nats per byte)",
+                                 (7, 4.4))
+    found = losses("rank")
+    lines = {
+        "fewer key/value heads: mha, gqa, mqa": ["mha rope", "gqa rope", "mqa rope"],
+        "smaller latents: mla": sorted((row for row in found if row.startswith("mla")),
+                                       key=lambda row: int(entry_of("rank", row)["cache"])),
+        "both: gqla": ["gqla decoupled"]}
+    for label, rows in lines.items():
+        x = [int(entry_of("rank", row)["cache"]) for row in rows]
+        values = [list(found[row].values()) for row in rows]
+        errors = [np.std(own, ddof=1) / len(own) ** 0.5 for own in values]
+        axes.errorbar(x, [np.mean(own) for own in values], yerr=errors, marker="o", capsize=3,
+                      label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([128, 256, 512, 1024], ["128", "256", "512", "1,024"])
+    figure.legend(loc="outside lower left", ncols=1)
+    plot.save(figure, path)
+
+
 def decoding_figure(path, batch=1):
     """Tokens per second over the context, from dev/speed/decode_speed.md"""
     table = [[cell.strip() for cell in line.strip("|").split("|")]
@@ -201,6 +342,7 @@ def decoding_figure(path, batch=1):
 
 
 DRAWINGS = {"changes_loss.svg": changes_figure, "rates_loss.svg": rates_figure,
+            "rank_loss.svg": rank_figure,
             "decoding_batch1.svg": decoding_figure,
             "decoding_batch16.svg": lambda path: decoding_figure(path, batch=16)}
 
