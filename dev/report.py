@@ -258,7 +258,8 @@ TABLES = {
     "pairs": pairs_table,
     "time": time_table,
     **{name: lambda name=name: modified_table(name)
-       for name in ("qk_norm", "rotary_keys_per_head", "tied_keys_and_values")},
+       for name in ("qk_norm", "qk_norm_high_rate", "rotary_keys_per_head",
+                    "tied_keys_and_values")},
 }
 
 
