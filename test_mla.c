@@ -616,7 +616,32 @@ static void test_encoding(void) {
     int out[9];
     check("encoding", "of bytes", encode(&t, (const unsigned char *)"don't  \xc3", 8, out) == 8 && out[3] == '\'' && out[7] == 0xc3);
     tokenizer_free(&t);
-    check("encoding", "bytes beyond ASCII are letters", first_piece((const unsigned char *)"caf\xc3\xa9 au lait", 13) == 5);
+    static const struct { const char *text; int length; } pieces[] = {
+        // letters, numbers, a sign, blanks
+        {"caf\xc3\xa9 au lait", 5}, {" \xd9\xa3\xd9\xa4x", 5}, {" \xe2\x80\xa6'x", 5},
+        {"a\xe2\x80\xa6", 1}, {" \xc2\xa0x", 1}, {"\xe2\x80\xa8x", 3}, {"\n\xe3\x80\x80", 4},
+        // what is no UTF-8: cut short, longer than need be, a surrogate, beyond U+10FFFF
+        {"a\xe2\x80", 3}, {"a\xe2.", 2}, {" \x80\xff.", 3}, {"a\xc0\xa0.", 3},
+        {"a\xe0\x80\xa0.", 4}, {"a\xf0\x82\x80\xa6.", 5}, {"a\xed\xa0\x80.", 4},
+        {"a\xf4\x90\x80\x80.", 5}};
+    wrong = 0;
+    for (size_t i = 0; i < sizeof pieces / sizeof *pieces; i++) {
+        const char *text = pieces[i].text;
+        wrong += first_piece((const unsigned char *)text, strlen(text)) != pieces[i].length;
+    }
+    check("encoding", "pieces beyond ASCII, and of bytes that are letters", !wrong);
+    int n_classes = 0x110000, long_word = 1000000;
+    unsigned char *classes = allocate(n_classes, "classes"), *word = allocate(long_word, "word");
+    for (int i = 0; i < n_classes; i++) classes[i] = unicode_class(i);
+    check("encoding", "classes of all characters as dev/test/encoding_test.py found them right",
+          hash_bytes(classes, n_classes) == 0x5e9617f0);
+    t = tokenizer_load("dev/test/reference/encoding_tokenizer.bin");
+    int *tokens = allocate(long_word * sizeof(int), "tokens");
+    double start = seconds();
+    memset(word, 'a', long_word);
+    check("encoding", "of a long word", encode(&t, word, long_word, tokens) == long_word / 4);
+    check("encoding", "of a long word, in less than minutes", seconds() - start < 20);
+    tokenizer_free(&t), free(classes), free(word), free(tokens);
     t = (Tokenizer){.V = 4, .eot = 3, .bytes = (unsigned char *)"abaab", .start = (size_t[]){0, 1, 2, 3, 5}};  // a, b, a, ab
     tokenizer_index(&t);
     check("encoding", "the first of equal tokens, never the end of text",

@@ -29,6 +29,7 @@ and config_complete.
        14  Data             token files, text files, tokenizers, batches
        15  Checkpoints      safetensors, written and read
        16  Command line     logs, signals, options, and main
+       17  Unicode          letters, numbers and white space, for the tokenizer
 
 NOTATION (the writeup uses the same)
     B  sequences in a batch      T  tokens in a sequence    N = B*T  tokens in a batch
@@ -2520,6 +2521,11 @@ static Tokenizer tokenizer_load(const char *path) {
 
 static void tokenizer_free(Tokenizer *t) { free(t->bytes), free(t->start), free(t->table); }
 
+// How many bytes follow the first byte of a character in UTF-8; 0 also if c is no such byte.
+static int bytes_after(unsigned char c) {
+    return c < 0xC2 || c > 0xF4 ? 0 : c < 0xE0 ? 1 : c < 0xF0 ? 2 : 3;
+}
+
 // Leaves out control characters: ASCII's, and U+0080 to U+009F, which stand in UTF-8 as two bytes
 // but which some terminals also take as one. Bytes that continue a character of UTF-8 are in the
 // same range; a token may end within one, so what the next byte can be is remembered.
@@ -2529,7 +2535,7 @@ static void print_token(const Tokenizer *t, int token, Printer *p) {
         int continues = p->expected && c >= p->least && c < 0xC0;
         if (continues) p->expected--, p->least = 0x80;
         else {
-            p->expected = c < 0xC2 || c > 0xF4 ? 0 : c < 0xE0 ? 1 : c < 0xF0 ? 2 : 3;
+            p->expected = bytes_after(c);
             p->least = c == 0xC2 || c == 0xE0 ? 0xA0 : c == 0xF0 ? 0x90 : 0x80;
         }
         int plain = c < 0x80 ? (c >= 32 && c != 127) || c == '\n' || c == '\t' : c >= 0xA0;
@@ -2541,64 +2547,99 @@ static void print_token(const Tokenizer *t, int token, Printer *p) {
 //     numbered in the order in which their merges were learned: of all adjacent pairs whose joined
 //     bytes are a token, the one with the lowest number merges first
 
-enum { LETTER, DIGIT, SPACE, OTHER };
+enum { OTHER, LETTER, NUMBER, SPACE };
 
-static int character_class(unsigned char c) {  // bytes beyond ASCII are taken for letters
-    if (c >= 128 || ((c | 32) >= 'a' && (c | 32) <= 'z')) return LETTER;
-    return c >= '0' && c <= '9' ? DIGIT : c == ' ' || (c >= '\t' && c <= '\r') ? SPACE : OTHER;
+static int unicode_class(int code);  // chapter 17
+
+// The class of the character that a text of n bytes begins with, and its length. Bytes that are no
+// UTF-8 are taken for letters: they may be parts of some.
+static int character_class(const unsigned char *text, long n, long *length) {
+    static const int from[] = {0, 0x80, 0x800, 0x10000, 0x110000};  // codes of 1, 2, 3, 4 bytes
+    int more = bytes_after(text[0]), code = more ? text[0] & 0x3F >> more : text[0];
+    *length = 1;
+    for (int i = 1; i <= more; i++) {
+        if (i == n || (text[i] & 0xC0) != 0x80) return LETTER;
+        code = code << 6 | (text[i] & 0x3F);
+    }
+    *length += more;
+    int surrogate = code >= 0xD800 && code < 0xE000;  // numbers that are no characters
+    return code < from[more] || code >= from[more + 1] || surrogate ? LETTER : unicode_class(code);
 }
 
 // The length of the first piece of a text of n bytes: tokens never cross from one piece to the
-// next. GPT-2's rule: 's 't 're 've 'm 'll 'd; else a run of letters, of digits, or of other
+// next. GPT-2's rule: 's 't 're 've 'm 'll 'd; else a run of letters, of numbers, or of other
 // characters, with a space before it if there is one; else white space, which leaves its last
-// character to a word that follows.
+// character to what follows.
 static long first_piece(const unsigned char *text, long n) {
     static const char *const endings[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
     for (int i = 0; i < 7; i++) {
         long length = strlen(endings[i]);
         if (length <= n && !memcmp(text, endings[i], length)) return length;
     }
-    long at = text[0] == ' ' && n > 1, end;
-    int class = character_class(text[at]);
-    if (class == SPACE) class = character_class(text[at = 0]);
-    for (end = at; end < n && character_class(text[end]) == class; end++) {}
-    return class == SPACE && end < n && end > 1 ? end - 1 : end;
+    long at = text[0] == ' ' && n > 1, last = 0, length;
+    int class = character_class(text + at, n - at, &length);
+    if (class == SPACE) at = 0;
+    for (; at < n && character_class(text + at, n - at, &length) == class; at += length) last = at;
+    return class == SPACE && at < n && last > 0 ? last : at;
+}
+
+// A piece while it is merged. Its parts, at first single bytes, are known by the place of their
+// first byte. To find what merges next, and of equals the leftmost, in log n steps, `least` is a
+// tree in an array: above the nodes 2k and 2k+1 stands k, the smaller of the two, up to node 1;
+// node leaves + i is the token that part i would make with the part after it, V if none.
+typedef struct {
+    const unsigned char *text;
+    int n, leaves;                // bytes; a power of 2, as many or more
+    int *before, *after, *least;  // per part the place of the one before and after it; (2 leaves)
+} Piece;
+
+static void set_least(Piece *p, int i, int token) {
+    int k = p->leaves + i;
+    for (p->least[k] = token; k > 1; k /= 2)
+        p->least[k / 2] = min_int(p->least[k], p->least[k ^ 1]);
+}
+
+static void look_up_pair(const Tokenizer *t, Piece *p, int i) {
+    int second = p->after[i];
+    int token = second == p->n ? -1 : *tokenizer_place(t, p->text + i, p->after[second] - i);
+    set_least(p, i, token == -1 ? t->V : token);
+}
+
+static void merge(const Tokenizer *t, Piece *p) {
+    for (int i = 0; i < p->n; i++) p->before[i] = i - 1, p->after[i] = i + 1;
+    for (int k = 1; k < 2 * p->leaves; k++) p->least[k] = t->V;
+    for (int i = 0; i < p->n; i++) look_up_pair(t, p, i);
+    while (p->least[1] != t->V) {
+        int k = 1;
+        while (k < p->leaves) k = 2 * k + (p->least[2 * k] != p->least[k]);
+        int i = k - p->leaves, second = p->after[i], third = p->after[second];
+        p->after[i] = third, p->before[third] = i;
+        set_least(p, second, t->V);
+        look_up_pair(t, p, i);
+        if (i > 0) look_up_pair(t, p, p->before[i]);
+    }
 }
 
 // Tokens of a text of n bytes into out, which has room for n; returns how many.
 static long encode(const Tokenizer *t, const unsigned char *text, long n, int *out) {
-    long count = 0, longest = 0, length;
-    for (long at = 0; at < n; at += length)
-        if ((length = first_piece(text + at, n - at)) > longest) longest = length;
-    // A piece is cut at start[0] = 0 < start[1] < ...; merged[i] is the token that parts i and i+1
-    // would make, or V if none.
-    int *start = allocate((2 * longest + 2) * sizeof(int), "prompt"), *merged = start + longest + 1;
-    for (long at = 0; at < n; at += length) {
-        const unsigned char *piece = text + at;
-        int parts = length = first_piece(piece, n - at);
-        for (int i = 0; i <= parts; i++) start[i] = i;
-        for (int changed = 0, all = 1;; all = 0) {
-            int from = all ? 0 : max_int(0, changed - 1);
-            for (int i = from; i < parts - 1 && (all || i <= changed); i++) {
-                int token = *tokenizer_place(t, piece + start[i], start[i + 2] - start[i]);
-                merged[i] = token == -1 ? t->V : token;
-            }
-            int best = 0;
-            for (int i = 1; i < parts - 1; i++) if (merged[i] < merged[best]) best = i;
-            if (parts < 2 || merged[best] == t->V) break;
-            memmove(start + best + 1, start + best + 2, (parts - best - 1) * sizeof(int));
-            memmove(merged + best, merged + best + 1, (parts - best - 2) * sizeof(int));
-            parts--, changed = best;
-        }
-        for (int i = 0; i < parts; i++) {
-            int token = *tokenizer_place(t, piece + start[i], start[i + 1] - start[i]);
+    long count = 0, longest = 1;
+    for (long at = 0, length; at < n; at += length)
+        longest = max_int(longest, length = first_piece(text + at, n - at));
+    int *room = allocate((6 * longest + 1) * sizeof(int), "prompt");
+    Piece p = {.before = room, .after = room + longest + 1, .least = room + 2 * longest + 1};
+    for (long at = 0; at < n; at += p.n) {
+        p.text = text + at, p.n = first_piece(text + at, n - at);
+        for (p.leaves = 1; p.leaves < p.n; p.leaves *= 2) {}
+        merge(t, &p);
+        for (int i = 0; i < p.n; i = p.after[i]) {
+            int token = *tokenizer_place(t, p.text + i, p.after[i] - i);
             if (token == -1)
-                fail(2, "--prompt: byte %d at place %ld is not in the vocabulary",
-                     piece[start[i]], at + start[i]);
+                fail(2, "--prompt: byte %d at place %ld is not in the vocabulary", p.text[i],
+                     at + i);
             out[count++] = token;
         }
     }
-    free(start);
+    free(room);
     return count;
 }
 
@@ -3589,3 +3630,52 @@ int main(int argc, char **argv) {
     return status;
 }
 #endif
+
+// ==== 17  UNICODE ===============================================================================
+// Which characters are letters (\p{L}), numbers (\p{N}) and white space (\s): in Unicode 16.0, as
+// tiktoken 0.14 has it. Written by dev/test/encoding_test.py --table: how far each range of codes
+// begins after the one before, and how long it is, in base 26, whose last digit is a small letter.
+
+static int unicode_class(int code) {
+    static const char *const ranges[] = {
+        [LETTER] =
+        "CnBagBaBvbkbebfxbBfbRqemofhbbbEzfbccebbgbbdbbbubDfbFjiGkbBmcbgBpCtBbeeBtBrBjcbDvbbpchckdcb"
+        "qbbBeBdDllbyBhjcebfwebjbdbxzhlfybgrBqCgCcdbsbhkpqeicccwbhbbdedbqbncbdockbigeccwbhbcbcbcBfe"
+        "bbtdqjbdbwbhbcbfdbsbpcxblicccwbhbcbfdbBecbdpbrbbgddbedcbbbcdcdddmwbCaibdbxbqdbBadcbccBebei"
+        "bdbxbkbfdbBfcbcpcrjbdbBpcbqbfdidygfsdybjbbchCgBwbcmhCgcbbbfbybbbkbcjbcfbbveBgbClibBkBbfElB"
+        "rubqgeedbdchdenmbrBmbbfbcBrbMvbechbbbecBpbecBhbechbbbecpbCfbecCpBlqqDicgdXwcrbBafCxgihsnto"
+        "sonbdpCaBjbebCpDlhfcBibbfCskBfBxBecflBseBaCcxjCbDebDpBvriCcBenckBsBaBkBpdkBkclfBrcdBpebgbc"
+        "dbfHkCmKscgcBmcgcibbbbbbbBfcCbbhbbddbhdecgenfdbhEmbnbqnDxbebckbbdfgbbbbbbeblceffebCacDZfIv"
+        "gedcmBmbbfbcCehbqxjhbhbhbhbhbhbhbhDcbSbcBqffceDigdbDmbefBrbDqrBgBwqTsJToCmBGUfCpBucKjdqkcu"
+        "BvqBfcCsBxjcDzcCpccbbbivqbdbebxBdCaoByCkgdbbclBckxzBdhBvBcbqfbkkfbBpxdbiuxdbdBybbdccfcbbby"
+        "dclhdmgcgcgjhbhbBrbogElBdQNsmxeBxMNcOccEcBmhmffbbkbnbfbbbcbcbEeBhNzsCmcCcBomEmfbFfBkBagBal"
+        "DldgcgcgcdBjmbBabtbcbpcoBiEtOzBddBxBvBgnubigBmkBecBkeiBwGcsBkeBkeBoiCamlbpbhbcblbpbhbcdCam"
+        "LzjwkiygbBqbjCrgcbbBsbcdbcxkxjBfCntbckwkBaCsCegcCmbpebdbBdBqBddBdBjibBcBbCckwktnsEgCvCdBzn"
+        "BznBkBmBcjxJqBqgcqdChBdkbiwBqsBuvBbxmCbCfccbnBtBgzBaBkBdbcbiBjdbmBwoevbbbBjsbztcClhbbbebpb"
+        "khBvBmicccwbhbcbfdbsbmfBekbbcbbBmbbzbbbBsCbseudBeBwucbbHcBvBpeBkBwubChBrnbCtBbBlhHdBsEmCmB"
+        "ficbcibcbypbbbDqicBnqbbbBcbkBohbvblButbsCvHrBhBfjbBlrbBxBeEihbcbBmvbzgbcbBgobMptpbbnbBiEub"
+        "DbBJmIwHoDXkDtpBPgrgzFXrfWlKDdBeCPuVxhBfrDbrBesBwqeBfvftQqBtIdCmEyCxfbConCmcbbBcJCaiBVqBpk"
+        "NFrebhbcbLfpbBddcboeiPgDKuEdfndjhkIWkDhbCtbccbcccebmbbbhbCnbecibhbBcbebfbbdhbNcczbzbBfbzbB"
+        "fbzbBfbzbBfbzbiCSyBfggKbCkFqBtkhqbMjBesBsSqBcIuBecbTbhbebcbpbHpChCqhbBUiebBbbcbbcbbkbebbbb"
+        "gbebbbbbbdbcbbcbbbbbbbbbbcbbcebhbebebbbkbrfdbfbrGOaCLFcBgGDugIocINqoLBlpXyDQwUwCFyHHzfGFg",
+        [NUMBER] =
+        "BwkEqcfbcdCDlkFekHqkPwkEokegEekEokEokcgEgnElkihDzkEahhtEfkDskEokCsuKikCskBBruBHxdJfkgkwkLo"
+        "kEylGjkgkHakDikFekgkBOgbdggkHqBzcfBByCiDawYgBeCBhbBDxbzjodNfeFikBeibpBgkBnpBRSakHgkMigFykB"
+        "mkHqkwkDikPqkBFMckSzBtmCfrcNdBbBkeBdbibFefHukBKgizhBnjCxfwgGeccqcBuCmjCacBedCxfEaiyiBphMsg"
+        "BwkgkKsBfGckBqeEihFeBeEykCikFokhuJrkNekEokOkkDykguCymQetDpkZmkDiBdItkCskQgkDyvBPbEhXAfkDMc"
+        "kDikFekbhUgkKcxBJSzkCEwumuEezBQrByDNckQgkTikJnkBBojEykBElChbdbeCyBtbpBLanEDfk",
+        [SPACE] =
+        "jfsbDwbBabIHjbDPnlBdcfbBvbFXwb",
+    };
+    static unsigned char classes[0x110000];
+    if (!classes['A'])  // at the first call
+        for (int class = LETTER; class <= SPACE; class++)
+            for (int at = 0, number = 0, inside = 0, i = 0; ranges[class][i]; i++) {
+                char digit = ranges[class][i];
+                number = 26 * number + digit - (digit < 'a' ? 'A' : 'a');
+                if (digit < 'a') continue;
+                if (inside) memset(classes + at, class, number);
+                at += number, number = 0, inside = !inside;
+            }
+    return classes[code];
+}
