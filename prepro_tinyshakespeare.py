@@ -4,6 +4,11 @@
     python3 prepro_tinyshakespeare.py               one token per byte; needs nothing but Python
     python3 prepro_tinyshakespeare.py --vocab 1024  trains its own BPE      (pip install tokenizers)
     python3 prepro_tinyshakespeare.py --gpt2        uses GPT-2's own BPE    (pip install tiktoken)
+    python3 prepro_tinyshakespeare.py --input A --input B   takes these texts, one after the other
+
+Of all bytes of all texts the first 90% are for training and the last 10% for validation, even if
+that cuts a text in two. With a BPE every text begins with the end-of-text token; bytes have no such
+token, and get a newline between two texts.
 
 Three files come out, all little-endian, in the formats of llm.c:
 
@@ -16,11 +21,13 @@ Three files come out, all little-endian, in the formats of llm.c:
 """
 
 import argparse
+import array
 import contextlib
 import hashlib
 import http.client
 import importlib
 import os
+import re
 import shlex
 import struct
 import sys
@@ -41,6 +48,10 @@ GPT2_FILES = {  # and their sha256
 # How GPT-2 cuts text into words before merging: contractions; letters, digits or signs with the
 # blank before them; blanks. No merge crosses a cut.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+# A place where it always cuts: before an ASCII blank that follows no blank. Bytes that may end a
+# blank beyond ASCII, such as U+00A0, are left out here.
+CUT = re.compile(rb"[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf](?=[ \n])")
 
 
 # ---- Files and errors: sys.exit with a string prints that one line and exits with status 1 ------
@@ -126,17 +137,18 @@ def fetch(url):
             print()  # end the progress line
 
 
-def get_text(args):
-    """The text and its file's name: from --input, from an earlier run or from the network."""
+def get_texts(args):
+    """{file's name: text}, from --input, from an earlier run or from the network."""
     kept = os.path.join(args.out_dir, "tinyshakespeare.txt")
     if args.input is not None:
-        text = read_file(args.input, "--input")
-        if difference(text):
-            print(f"note: {args.input} is not the known tinyshakespeare ({difference(text)}), "
-                  f"so losses will not compare")
-        elif not os.path.exists(kept):
-            write_files({kept: text})  # so that a later run need not be told again
-        return text, args.input
+        texts = {path: read_file(path, "--input") for path in args.input}
+        for path, text in texts.items():
+            if difference(text):
+                print(f"note: {path} is not the known tinyshakespeare ({difference(text)}), "
+                      f"so losses will not compare")
+            elif not os.path.exists(kept):
+                write_files({kept: text})  # so that a later run need not be told again
+        return texts
     if os.path.exists(kept):
         text = read_file(kept, "--out-dir")
         if difference(text):
@@ -146,17 +158,48 @@ def get_text(args):
     else:
         text = fetch(args.url)
         write_files({kept: text})
-    return text, kept
+    return {kept: text}
 
 
-def split(text, name):
-    """The first 90% to train on, the last 10% to validate: the split behind nanoGPT's losses."""
-    n = int(len(text) * 0.9)
-    while n > 0 and text[n] & 0xC0 == 0x80:  # not within a character (all bytes here are ASCII,
-        n -= 1                               # but --input may bring others)
-    if n == 0:
-        sys.exit(f"error: {name}: found {len(text)} bytes, expected enough text to split in two")
-    return text[:n], text[n:]
+def split(texts):
+    """The first 90% to train on, the last 10% to validate: the split behind nanoGPT's losses. Both
+    as lists of (whether a text begins here, its bytes)."""
+    size = sum(map(len, texts.values()))
+    left, train, val = int(size * 0.9), [], []  # how much is still to go to train
+    for text in map(memoryview, texts.values()):
+        n = min(left, len(text))
+        left -= n
+        while 0 < n < len(text) and text[n] & 0xC0 == 0x80:  # not within a character (all bytes of
+            n -= 1                                # tinyshakespeare are ASCII, but not of all texts)
+        if n:
+            train.append((True, text[:n]))
+        if n < len(text):
+            val.append((n == 0, text[n:]))
+    if not train:
+        sys.exit(f"error: {', '.join(texts)}: found {size} bytes, expected enough text to split in "
+                 f"two")
+    return train, val
+
+
+def chunks(part, what):
+    """A part in chunks of some 16 KB that no token spans, each as (whether a text begins here, its
+    bytes): what is made of a text takes many times its memory, so it is made bit by bit. Prints how
+    far that is."""
+    done, shown, size = 0, -1, sum(len(text) for _, text in part)
+    try:
+        for begins, text in part:
+            at = 0
+            while at < len(text):
+                cut = CUT.search(text, at + 16384)
+                end = cut.end() if cut else len(text)
+                yield begins and at == 0, bytes(text[at:end])
+                done += end - at
+                at = end
+                if 100 * done // size > shown:
+                    shown = 100 * done // size
+                    print(f"\r{what}: {done} of {size} bytes ({shown}%)", end="", flush=True)
+    finally:
+        print()  # end the progress line
 
 
 # ---- Tokenizers: the bytes of every token, the id that ends a text, and a function bytes -> ids --
@@ -167,14 +210,15 @@ def byte_tokenizer():
     return [bytes([b]) for b in range(256)], ord("\n"), list
 
 
-def bpe_tokenizer(text, size):
-    """A byte-level BPE with GPT-2's rules, trained on text. Ids are the 256 bytes by value, then
-    the merges in the order learned (which is the order to apply them in), then end of text."""
+def bpe_tokenizer(train, size):
+    """A byte-level BPE with GPT-2's rules, trained on that part. Ids are the 256 bytes by value,
+    then the merges in the order learned (which is the order to apply them in), then end of text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     level = pre_tokenizers.ByteLevel  # cuts by GPT2_PATTERN, writes each byte as a visible letter
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = level(add_prefix_space=False, use_regex=True)
-    bpe.train_from_iterator([text.decode()], trainers.BpeTrainer(
+    words = (chunk.decode() for _, chunk in chunks(train, "learning from the training part"))
+    bpe.train_from_iterator(words, trainers.BpeTrainer(
         vocab_size=size - 1, initial_alphabet=level.alphabet(), show_progress=False))
     learned = bpe.get_vocab_size()
     if learned != size - 1:
@@ -226,9 +270,15 @@ def gpt2_tokenizer(folder):
 
 # ---- The files for the trainer ------------------------------------------------------------------
 
-def token_file(ids):
-    header = struct.pack("<256i", 20240520, 1, len(ids), *[0] * 253)
-    return header + struct.pack(f"<{len(ids)}H", *ids)
+def token_file(lists):
+    """The file of these lists of ids, joined; in two bytes a token all the way."""
+    content = array.array("H", bytes(1024))
+    for ids in lists:
+        content.extend(ids)
+    if sys.byteorder == "big":
+        content.byteswap()
+    struct.pack_into("<256i", content, 0, 20240520, 1, len(content) - 512, *[0] * 253)
+    return memoryview(content).cast("B")
 
 
 def tokenizer_file(tokens, eot):
@@ -252,7 +302,8 @@ def parse_arguments():
     p.add_argument("--gpt2-files", metavar="DIR",
                    help="the same, from DIR/vocab.bpe and DIR/encoder.json: needs no network")
     source = p.add_mutually_exclusive_group()
-    source.add_argument("--input", metavar="FILE", help="read this text instead of fetching it")
+    source.add_argument("--input", metavar="FILE", action="append",
+                        help="read this text instead of fetching one; may be given several times")
     source.add_argument("--url", default=URL, help="fetch the same text from a mirror")
     p.add_argument("--out-dir", metavar="DIR", default=DATA,
                    help="where the files go (default: data, beside this script)")
@@ -273,27 +324,37 @@ def main():
     package = "tokenizers" if args.vocab else "tiktoken" if args.gpt2 else None
     if package:
         require(package)
-    text, name = get_text(args)
+    texts = get_texts(args)
     if package:
-        try:
-            text.decode()
-        except UnicodeDecodeError as e:
-            sys.exit(f"error: {name}: found byte {text[e.start]:#04x} at offset {e.start}, "
-                     f"expected UTF-8 (without --vocab or --gpt2, any bytes will do)")
+        for name, text in texts.items():
+            try:
+                text.decode()
+            except UnicodeDecodeError as e:
+                sys.exit(f"error: {name}: found byte {text[e.start]:#04x} at offset {e.start}, "
+                         f"expected UTF-8 (without --vocab or --gpt2, any bytes will do)")
 
     # Split first: the vocabulary is learned from the training part, and no token spans both parts.
-    train, val = split(text, name)
+    train, val = split(texts)
     tokens, eot, encode = (bpe_tokenizer(train, args.vocab) if args.vocab else
                            gpt2_tokenizer(args.gpt2_files) if args.gpt2 else byte_tokenizer())
+
+    def lists_of_ids(part, kind):
+        for i, (begins, chunk) in enumerate(chunks(part, f"tokens of the {kind} part")):
+            ids = encode(chunk)
+            if b"".join(map(tokens.__getitem__, ids)) != chunk:
+                sys.exit(f"error: {', '.join(texts)}: the tokens of the {kind} part decode to "
+                         f"another text, expected the same; please report this, with your version "
+                         f"of {package}")
+            if begins and (package or i > 0):  # bytes: only between texts
+                yield [eot]
+            yield ids
+
     base = os.path.join(args.out_dir, "tinyshakespeare_")
     files, summary = {}, []
     for kind, part in (("train", train), ("val", val)):
-        ids = encode(part)
-        if b"".join(tokens[i] for i in ids) != part:
-            sys.exit(f"error: {name}: the tokens of the {kind} part decode to another text, "
-                     f"expected the same; please report this, with your version of {package}")
-        files[f"{base}{kind}.bin"] = token_file(ids)
-        summary.append(f"{len(ids)} tokens, {len(part) / len(ids):.3f} bytes per token")
+        content = files[f"{base}{kind}.bin"] = token_file(lists_of_ids(part, kind))
+        n, size = len(content) // 2 - 512, sum(len(text) for _, text in part)
+        summary.append(f"{n} tokens, {size / n:.3f} bytes per token")
     files[f"{base}tokenizer.bin"] = tokenizer_file(tokens, eot)
     summary.append(f"vocabulary of {len(tokens)}, end of text is {eot} ({tokens[eot].decode()!r})")
     write_files(files)

@@ -595,7 +595,8 @@ static void test_all_decoding(void) {
 static void test_encoding(void) {
     size_t size, at = 0;
     int wrong = 0, cases = 0;
-    Tokenizer t = tokenizer_load("dev/test/reference/encoding_tokenizer.bin");
+    static const char vocabulary[] = "dev/test/reference/encoding_tokenizer.bin";
+    Tokenizer t = tokenizer_load(vocabulary);
     unsigned char *all = read_file("dev/test/reference/encoding_cases.bin", &size);
     while (at < size) {
         uint32_t n, n_tokens;
@@ -610,9 +611,10 @@ static void test_encoding(void) {
     }
     check("encoding", "has over 1000 cases", cases > 1000);
     check("encoding", "is as GPT-2's in every case", wrong == 0);
+    check("encoding", "samples start after a newline", first_token(&t) == 198);
     free(all);
     tokenizer_free(&t);
-    t = tokenizer_bytes();
+    t = tokenizer_bytes(256);
     int out[9];
     check("encoding", "of bytes", encode(&t, (const unsigned char *)"don't  \xc3", 8, out) == 8 && out[3] == '\'' && out[7] == 0xc3);
     tokenizer_free(&t);
@@ -621,7 +623,7 @@ static void test_encoding(void) {
         {"caf\xc3\xa9 au lait", 5}, {" \xd9\xa3\xd9\xa4x", 5}, {" \xe2\x80\xa6'x", 5},
         {"a\xe2\x80\xa6", 1}, {" \xc2\xa0x", 1}, {"\xe2\x80\xa8x", 3}, {"\n\xe3\x80\x80", 4},
         // what is no UTF-8: cut short, longer than need be, a surrogate, beyond U+10FFFF
-        {"a\xe2\x80", 3}, {"a\xe2.", 2}, {" \x80\xff.", 3}, {"a\xc0\xa0.", 3},
+        {"a\xe2\x80", 3}, {"a\xc3. ", 2}, {" \x80\xff.", 3}, {"a\xc0\xa0.", 3},
         {"a\xe0\x80\xa0.", 4}, {"a\xf0\x82\x80\xa6.", 5}, {"a\xed\xa0\x80.", 4},
         {"a\xf4\x90\x80\x80.", 5}};
     wrong = 0;
@@ -630,12 +632,18 @@ static void test_encoding(void) {
         wrong += first_piece((const unsigned char *)text, strlen(text)) != pieces[i].length;
     }
     check("encoding", "pieces beyond ASCII, and of bytes that are letters", !wrong);
+    t = tokenizer_bytes(2);
+    check("encoding", "or after the end of text", first_token(&t) == 1 && t.V == 2);
+    tokenizer_free(&t);
+    t = tokenizer_bytes(0);
+    check("encoding", "tokens that are not known", first_token(&t) == 0 && token_bytes(&t, 0) == -1);
+    tokenizer_free(&t);
     int n_classes = 0x110000, long_word = 1000000;
     unsigned char *classes = allocate(n_classes, "classes"), *word = allocate(long_word, "word");
     for (int i = 0; i < n_classes; i++) classes[i] = unicode_class(i);
     check("encoding", "classes of all characters as dev/test/encoding_test.py found them right",
           hash_bytes(classes, n_classes) == 0x5e9617f0);
-    t = tokenizer_load("dev/test/reference/encoding_tokenizer.bin");
+    t = tokenizer_load(vocabulary);
     int *tokens = allocate(long_word * sizeof(int), "tokens");
     double start = seconds();
     memset(word, 'a', long_word);
@@ -677,7 +685,7 @@ static void test_printed_generation(void) {
     char path[32];
     config_complete(&c, 1, "test");
     Model *m = model_create(&c, 0);
-    Tokenizer bytes = tokenizer_bytes();
+    Tokenizer bytes = tokenizer_bytes(256);
     Sampling likeliest = {0};
     m->w[0][WTE][0xC3 * 8] = m->w[0][WTE][0x80 * 8 + 1] = 1;
     for (int t = 0; t < 4; t++) m->w[0][WPE][t * 8 + t % 2] = 100;
@@ -699,7 +707,7 @@ static void test_printing(void) {  // what could upset a terminal stays out, cha
         {"\xe9t\xe9", "\xe9t\xe9"}, {"\xc3x\x9b", "\xc3x"}, {"\xf5\x80\x9b", "\xf5"},
         {"\xe2\xe2\x80\x9c", "\xe2\xe2\x80\x9c"}, {"\xc3\xa9\x9b", "\xc3\xa9"},
         {"\xc1\x9b", "\xc1"}};
-    Tokenizer bytes = tokenizer_bytes();
+    Tokenizer bytes = tokenizer_bytes(256);
     int wrong = 0;
     char path[32];
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
@@ -782,7 +790,7 @@ static void test_training(void) {  // the same bits as its parts by hand, from t
     uint16_t tokens[N];
     int x[B * T], y[B * T];
     Data d = {.path = "test", .tokens = tokens, .n = N};
-    Tokenizer bytes = tokenizer_bytes();
+    Tokenizer bytes = tokenizer_bytes(256);
     Model *m[3];
     for (int i = 0; i < N; i++) tokens[i] = random_bits(10, i) % 180;
     for (int i = 0; i < 3; i++) m[i] = small_model(MLA, DECOUPLED, B, T), m[i]->dropout = 0.1f;
@@ -835,7 +843,7 @@ static void test_evaluation(void) {  // each window by itself must give the same
     uint16_t tokens[N];
     Data d = {.tokens = tokens, .n = N};
     Model *m = small_model(GQA, ROPE, 4, T);
-    Tokenizer bytes = tokenizer_bytes();
+    Tokenizer bytes = tokenizer_bytes(256);
     for (int i = 0; i <= 256; i++) bytes.start[i] = 3 * i;  // as if every token stood for three bytes
     int x[N], y[N];
     for (int i = 0; i < N; i++) tokens[i] = random_bits(9, i) % m->c.V;

@@ -1684,13 +1684,13 @@ static void attend_cached(Model *m, int l, Acts *acts, int B, int T) {
 }
 
 // ==== 11  GENERATION ============================================================================
-// What generation uses of chapter 14: the token that texts start from; the tokens of n bytes, into
+// What generation uses of chapter 14: the token that samples start from; tokens of n bytes, into
 // out, which has room for n; and printing a token, without what could upset a terminal.
 typedef struct {
     int expected;         // bytes that the character at hand still lacks
     unsigned char least;  // what the next of them is at least
 } Printer;
-static int tokenizer_eot(const Tokenizer *t);
+static int first_token(const Tokenizer *t);
 static long encode(const Tokenizer *t, const unsigned char *text, long n, int *out);
 static void print_token(const Tokenizer *t, int token, Printer *printer);
 
@@ -1794,7 +1794,7 @@ static Cache *sample_cache(const Model *m, int T) {
 }
 
 static void print_sample(Model *m, Cache *cache, const Tokenizer *t, const Options *o, long step) {
-    int start = min_int(tokenizer_eot(t), m->c.V - 1), n = min_int(200, cache->capacity);
+    int start = first_token(t), n = min_int(200, cache->capacity);
     uint64_t key = random_stream(o->seed, STREAM_SAMPLE, step);
     generate(m, cache, &start, 1, n, &o->sampling, key, t, NULL);
     printf("\n");
@@ -1807,7 +1807,7 @@ static void generate_command(Model *m, const Options *o, const Tokenizer *tokeni
     int mode = o->cache == -1 ? cache_mode(c) : o->cache, B = o->batch_size;
     int *prompt = allocate((strlen(text) + 1) * sizeof(int), "prompt");
     long n_prompt = encode(tokenizer, (const unsigned char *)text, strlen(text), prompt);
-    if (n_prompt == 0) prompt[n_prompt++] = tokenizer_eot(tokenizer);
+    if (n_prompt == 0) prompt[n_prompt++] = first_token(tokenizer);
     if (n_prompt > c->block_size)
         fail(2, "--prompt: %ld tokens, expected at most the model's block size, %d", n_prompt,
              c->block_size);
@@ -2444,13 +2444,11 @@ static Data data_load(const char *path) {
 //     each token a length byte and its bytes). Without a file tokens are bytes.
 
 struct Tokenizer {
-    int V, eot;             // vocabulary, 0 if unknown; the token that samples start from
+    int V, eot;             // vocabulary, 0 if unknown; the token that ends a text
     unsigned char *bytes;   // those of token t are bytes[start[t]] .. bytes[start[t+1] - 1]
     size_t *start;
     int *table, mask;       // hash table from bytes to token, -1: empty; its size less one
 };
-
-static int tokenizer_eot(const Tokenizer *t) { return t->eot; }
 
 static int token_bytes(const Tokenizer *t, int token) {
     return token < t->V ? (int)(t->start[token + 1] - t->start[token]) : -1;
@@ -2479,10 +2477,20 @@ static void tokenizer_index(Tokenizer *t) {
     }
 }
 
-static Tokenizer tokenizer_bytes(void) {
-    Tokenizer t = {.V = 256, .eot = '\n', .bytes = allocate(256, "tokenizer")};
+// Samples start as a line does, after a newline. Text files have nothing else, and of token files
+// many have one end of text or none: too few for a model to learn what follows it. That token is
+// left for vocabularies without a newline.
+static int first_token(const Tokenizer *t) {
+    int newline = *tokenizer_place(t, (const unsigned char *)"\n", 1);
+    return newline == -1 ? t->eot : newline;
+}
+
+// The first V bytes as tokens, 256 at most; V = 0: what tokens stand for is not known.
+static Tokenizer tokenizer_bytes(int V) {
+    Tokenizer t = {.V = min_int(V, 256), .bytes = allocate(256, "tokenizer")};
+    t.eot = max_int(0, min_int('\n', V - 1));
     t.start = allocate(257 * sizeof(size_t), "tokenizer");
-    for (int i = 0; i < 256; i++) t.bytes[i] = i, t.start[i + 1] = i + 1;
+    for (int i = 0; i < t.V; i++) t.bytes[i] = i, t.start[i + 1] = i + 1;
     tokenizer_index(&t);
     return t;
 }
@@ -2578,7 +2586,6 @@ static long first_piece(const unsigned char *text, long n) {
     }
     long at = text[0] == ' ' && n > 1, last = 0, length;
     int class = character_class(text + at, n - at, &length);
-    if (class == SPACE) at = 0;
     for (; at < n && character_class(text + at, n - at, &length) == class; at += length) last = at;
     return class == SPACE && at < n && last > 0 ? last : at;
 }
@@ -3329,7 +3336,7 @@ static Option options[] = {  // [ATTENTION 1]
     {"--eval", "loss of the model --load over all validation data", FLAG, &opt.eval},
     {"--generate", "tokens to make with the model --load; with the prompt, its block size and one",
      INT, &opt.generate, 0, 1 << 24},
-    {"--prompt", "its text (empty: starts from the end-of-text token)", TEXT, &opt.prompt},
+    {"--prompt", "its text (empty: starts as a line does, after a newline)", TEXT, &opt.prompt},
     {"--temperature", "of samples; 0 takes the likeliest token (0.8)",
      DOUBLE, &opt.sampling.temperature, 0, 1e3},
     {"--top-k", "samples come from that many likeliest tokens, 0 for all (0)",
@@ -3440,7 +3447,7 @@ static Inputs open_inputs(void) {
     }
     if (!in.named)
         opt.tokenizer = tokenizer_beside(opt.train_data ? opt.train_data : opt.val_data);
-    in.tokenizer = opt.tokenizer ? tokenizer_load(opt.tokenizer) : tokenizer_bytes();
+    in.tokenizer = opt.tokenizer ? tokenizer_load(opt.tokenizer) : tokenizer_bytes(256);
     if (generating() || (training() && !updating() && !opt.train_data)) return in;  // none needed
     if (!opt.train_data && !opt.val_data) {
         if (access("train_gpt2_mla.c", R_OK) || access("test_mla.c", R_OK))
@@ -3469,17 +3476,19 @@ static void check_data(const Data *d, const Model *m, const Tokenizer *tokenizer
 // What tokens stand for must be what the model knows.
 static void check_inputs(Inputs *in, const Model *m) {
     int V = m->c.V, T = opt.seq_len;
-    if (!in->named && in->prepared && V == 256 && in->tokenizer.V != 256) {  // a byte model, beside
-        tokenizer_free(&in->tokenizer);                                      // other data
-        in->tokenizer = tokenizer_bytes(), opt.tokenizer = NULL;
-    }
-    int known = in->tokenizer.V;
-    if (opt.tokenizer && (in->named ? known > V : known != V))  // a smaller one must be meant
+    int known = in->tokenizer.V, meant = in->named || opt.config.V != -1;
+    if (!in->named && in->prepared && V <= 256 && known != V)
+        opt.tokenizer = NULL;  // a byte model, beside other data
+    if (opt.tokenizer && (known > V || (known < V && !meant)))
         fail(1, "%s: vocabulary %d, the model's is %d: made with another --tokenizer?",
              opt.tokenizer, known, V);
-    if (!opt.tokenizer && V != 256) in->tokenizer.V = 0;  // what its tokens stand for is not known
-    if (!opt.tokenizer && generating() && V != 256)
-        fail(2, "--generate: expected --tokenizer FILE, the model's vocabulary is %d", V);
+    if (!opt.tokenizer) {  // then tokens are bytes, but for those in a file of a larger vocabulary
+        int bytes = V <= 256 || in->train.text || in->val.text;
+        tokenizer_free(&in->tokenizer);
+        in->tokenizer = tokenizer_bytes(bytes ? V : 0);
+        if (generating() && !bytes)
+            fail(2, "--generate: expected --tokenizer FILE, the model's vocabulary is %d", V);
+    }
     check_data(&in->val, m, &in->tokenizer, 2);
     check_data(&in->train, m, &in->tokenizer,
                opt.order == SEQUENTIAL ? (long)opt.batch_size * T + 1 : T + 1);

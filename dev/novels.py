@@ -28,8 +28,8 @@ import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from prepro_tinyshakespeare import (DATA, Parser, bpe_tokenizer, one_line, read_file, require,
-                                    token_file, tokenizer_file, write_files)
+from prepro_tinyshakespeare import (DATA, Parser, bpe_tokenizer, chunks, one_line, read_file,
+                                    require, token_file, tokenizer_file, write_files)
 
 BOOKS = {  # by Gutenberg's numbers, in the order in which they are joined
     "train": {
@@ -175,8 +175,10 @@ def parse_arguments():
 
 def tokens_of(texts, size, base):
     """{part: text} in tokens of a BPE that its train part teaches, as files: {path: bytes}"""
-    tokens, eot, encode = bpe_tokenizer(texts["train"], size)
-    files = {f"{base}_{part}.bin": token_file(encode(text)) for part, text in texts.items()}
+    tokens, eot, encode = bpe_tokenizer([(True, texts["train"])], size)
+    files = {f"{base}_{part}.bin": token_file(
+        encode(chunk) for _, chunk in chunks([(True, text)], f"tokens of the {part} part"))
+        for part, text in texts.items()}
     return {**files, f"{base}_tokenizer.bin": tokenizer_file(tokens, eot)}
 
 
