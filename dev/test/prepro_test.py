@@ -1,0 +1,120 @@
+#!/usr/bin/env python3
+"""Tests prepro_tinyshakespeare.py on texts of its own, without a network: what is in the files, how
+the split falls, and that a text takes at most five times its size in memory. What has to do with a
+BPE needs a package (pip install tokenizers), and is left out without it."""
+
+import importlib.util
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+from array import array
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import prepro_tinyshakespeare as prepro
+
+prepro.print = lambda *what, **how: None
+BLANKS = "       \n\n\t\r\x85\xa0\u1680\u2000\u200a\u2028\u202f\u205f\u3000"
+
+
+def expect(holds, what):
+    if not holds:
+        sys.exit(f"FAILED: {what}")
+
+
+def prepare(folder, texts, *options):
+    """The ids in the train and val files, the tokens, and what was printed; or an error's line."""
+    names = [Path(folder, f"{i}.txt") for i in range(len(texts))]
+    for name, text in zip(names, texts):
+        name.write_bytes(text)
+    run = subprocess.run([sys.executable, ROOT / "prepro_tinyshakespeare.py", "--out-dir", folder,
+                          *[f"--input={name}" for name in names], *options],
+                         capture_output=True, text=True)
+    if run.returncode:
+        return run.stderr
+    train, val = (array("H", Path(folder, f"tinyshakespeare_{part}.bin").read_bytes()[1024:])
+                  for part in ("train", "val"))
+    known, tokens = Path(folder, "tinyshakespeare_tokenizer.bin").read_bytes()[1024:], []
+    while known:
+        tokens.append(known[1:1 + known[0]])
+        known = known[1 + known[0]:]
+    return train.tolist(), val.tolist(), tokens, run.stdout
+
+
+def random_text(draw, letters, n_words):
+    words = ["".join(draw.choices(letters, k=draw.randrange(1, 9))) for _ in range(500)]
+    return "".join(draw.choice(words) + draw.choice(BLANKS) for _ in range(n_words))
+
+
+def test_bytes(folder):
+    """One text as it is, a newline between two; a split within a text and between two."""
+    long = b"0123456789" * 9
+    for texts, train, val in [([long + b"abcdefghij"], long, b"abcdefghij"),
+                              ([b"x" * 45, b"y" * 55], b"x" * 45 + b"\n" + b"y" * 45, b"y" * 10),
+                              ([long, b"z" * 10], long, b"z" * 10),
+                              ([b"", long, b"a" * 5, b"b" * 5], long, b"aaaaa\nbbbbb"),
+                              ([long + "\u4e16\u4e16\u4e16".encode()], long[:89], None),
+                              ([b"ab\xff" * 40], b"ab\xff" * 36, b"ab\xff" * 4)]:
+        found = prepare(folder, texts)
+        val = b"".join(texts)[len(train):] if val is None else val
+        expect(found[:2] == (list(train), list(val)), f"{texts}: {found}")
+        expect("tokens of the train part: " in found[3] and "(100%)\n" in found[3], found[3])
+    for texts in ([b"x"], [b"", b"x"]):
+        expect("found 1 bytes, expected enough text to split in two" in prepare(folder, texts),
+               texts)
+
+
+def test_chunks(draw):
+    """They are the text, and no cut lies beside a blank that might go with what is before it."""
+    text = random_text(draw, "abc\xe9\u4e16\u300c\u300d1\u0663.'", 40000).encode()
+    parts = [chunk for _, chunk in prepro.chunks([(True, text)], "chunks")]
+    expect(b"".join(parts) == text and len(parts) > 9, f"{len(parts)} chunks")
+    for cut in prepro.CUT.finditer(text):
+        before = text[:cut.end()][-4:].decode(errors="ignore")
+        expect(not before[-1].isspace() and text[cut.end()] in b" \n", f"cut after {before!r}")
+    return text
+
+
+def test_bpe(folder, draw):
+    """End of text before each text, what is between are the ids of the whole; several chunks."""
+    texts = [random_text(draw, "abc\xe9\u4e16\u300c\u300d1\u0663.'", n) for n in (20000, 9000, 300)]
+    train, val, tokens, _ = prepare(folder, [text.encode() for text in texts], "--vocab", "400")
+    eot = 399
+    expect(tokens[eot] == b"<|endoftext|>" and len(tokens) == 400, tokens[-1])
+    expect(train.count(eot) == 2 and train[0] == eot and val.count(eot) == 1, "ends of text")
+    parts = prepro.split({i: text.encode() for i, text in enumerate(texts)})
+    known, eot, encode = prepro.bpe_tokenizer(parts[0], 400)
+    expect(known == tokens, "the same vocabulary again")
+    for part, ids in zip(parts, (train, val)):
+        whole = [i for begins, text in part for i in [eot] * begins + encode(bytes(text))]
+        expect(ids == whole, "the ids of chunks are those of the whole")
+    expect("found byte 0xff at offset 3, expected UTF-8" in
+           prepare(folder, [b"abc", b"abc\xff"], "--vocab", "300"), "no UTF-8")
+
+
+def test_memory(folder, draw):
+    text = random_text(draw, "abcdefgh", 40_000).encode("ascii", "replace") * 100
+    expect(len(prepare(folder, [text])) == 4, "a large text")
+    unit = 1 if sys.platform == "darwin" else 1024
+    times = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / len(text)
+    expect(times < 5, f"memory for {len(text)} bytes: {times:.1f} times that")
+    return f"{times:.1f} times the memory of {len(text) / 1e6:.0f} MB"
+
+
+def main():
+    bpe = importlib.util.find_spec("tokenizers")
+    with tempfile.TemporaryDirectory() as folder:
+        memory = test_memory(folder, random.Random(1))  # first: the largest of all runs counts
+        test_bytes(folder)
+        test_chunks(random.Random(2))
+        if bpe:
+            test_bpe(folder, random.Random(3))
+    print(f"prepro_tinyshakespeare.py: all as expected, {memory}"
+          f"{'' if bpe else '; its BPE left out (pip install tokenizers)'}")
+
+
+if __name__ == "__main__":
+    main()
