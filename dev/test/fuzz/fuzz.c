@@ -79,7 +79,7 @@ static void read_tokens(void) {
 }
 
 static void read_tokenizer(void) {
-    static const char text[] = "It's 1623, don't    they'll say!\n\n";
+    static const char text[] = "It's 1623, don't    they'll \xe2\x80\xa6 caf\xc3\xa9\n\n";
     Tokenizer t = tokenizer_load(path);
     int tokens[sizeof text];
     encode(&t, (const unsigned char *)text, sizeof text - 1, tokens);
