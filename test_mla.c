@@ -636,7 +636,7 @@ static void test_encoding(void) {
     check("encoding", "or after the end of text", first_token(&t) == 1 && t.V == 2);
     tokenizer_free(&t);
     t = tokenizer_bytes(0);
-    check("encoding", "tokens that are not known", first_token(&t) == 0 && token_bytes(&t, 0) == -1);
+    check("encoding", "tokens not known", first_token(&t) == 0 && token_bytes(&t, 0) == -1);
     tokenizer_free(&t);
     int n_classes = 0x110000, long_word = 1000000;
     unsigned char *classes = allocate(n_classes, "classes"), *word = allocate(long_word, "word");

@@ -174,7 +174,8 @@ row 2 "--generate: expected --tokenizer FILE, the model's vocabulary is 300" --l
 row 1 "text: token 117, expected less than the model's vocabulary, 2: made with another tokenizer?" --load two --eval --val-data text --tokenizer tok
 cp tok x_tokenizer.bin; cp text x_train.bin
 row 1 "x_tokenizer.bin: vocabulary 2, the model's is 256: made with another --tokenizer?" --load model --train-data x_train.bin
-holds "a vocabulary padded on purpose" $RUN "$program" $tiny --train-data x_train.bin --vocab-size 256 --steps 1
+holds "a vocabulary padded on purpose" $RUN "$program" $tiny --train-data x_train.bin \
+    --vocab-size 256 --steps 1
 { header 20240328 2 300 0; for i in $(seq 300); do printf '\001a'; done; } >tok.300
 row 1 "tok.300: vocabulary 300, the model's is 256: made with another --tokenizer?" --load model --generate 2 --tokenizer tok.300
 row 1 'text: a text, read as bytes, but tok.300 has 300 tokens: expected a token file' $tiny --train-data text --tokenizer tok.300
@@ -186,7 +187,8 @@ rm -r data
 # Texts with other vocabularies than 256: their tokens are bytes all the same
 
 for V in 118 128 300; do
-    $RUN "$program" $tiny --train-data text --vocab-size $V --steps 9 --sample-every 9 --save m$V >out
+    $RUN "$program" $tiny --train-data text --vocab-size $V --steps 9 --sample-every 9 \
+        --save m$V >out
     holds "vocabulary $V: a sample" [ "$(sed '1,/^step 9/d; /^9 steps/,$d' out | tr -d '\n')" ]
     $RUN "$program" --eval --load m$V --val-data text >out
     holds "vocabulary $V: bits per byte" grep -q 'bits_per_byte [0-9]' out
@@ -200,8 +202,10 @@ begun=
 # Samples start as a line does, whatever token ends a text
 
 { header 20240328 2 6 5; printf '\001a\001b\001c\001d\001\n\003end'; } >line_tokenizer.bin
-{ header 20240520 1 500; for i in $(seq 100); do printf '\0\0\1\0\2\0\3\0\4\0'; done; } >line_train.bin
-$RUN "$program" $tiny --train-data line_train.bin --steps 150 --sample-every 150 --temperature 0 --save line >out
+abcd='\0\0\1\0\2\0\3\0\4\0'
+{ header 20240520 1 500; for i in $(seq 100); do printf "$abcd"; done; } >line_train.bin
+$RUN "$program" $tiny --train-data line_train.bin --steps 150 --sample-every 150 --temperature 0 \
+    --save line >out
 holds "a sample starts as a line does" [ "$(sed '1,/^step 150/d' out | sed 1q)" = abcd ]
 $RUN "$program" --load line --tokenizer line_tokenizer.bin --generate 8 --temperature 0 >out
 holds "a text starts as a line does" [ "$(sed -n 3p out)" = abcd ]
