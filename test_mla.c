@@ -4,8 +4,8 @@ Tests of train_gpt2_mla.c, which is included below: `make test`. They need a C c
 The same tests are built twice. test_mla computes in float, as training does; test_mla_double
 (-DREAL_DOUBLE) in double, where rounding is out of the way: there finite differences check
 every gradient, so that an attention of your own can be trusted without another framework.
-test_mla runs test_mla_double and dev/test/bad_input.sh (bad input) too and adds up; its last line is
-`N passed, M failed`.
+test_mla runs test_mla_double, dev/test/bad_input.sh (bad input) and dev/test/runs.sh (signals, files)
+too and adds up; its last line is `N passed, M failed`.
 
     matrix product, exp       against plain loops and libm
     reference dumps           dev/test/reference/: logits, loss, gradients and 10 AdamW steps of every
@@ -508,7 +508,7 @@ static void test_generation(void) {
         memcpy(text, prompt, sizeof prompt), memcpy(text + PROMPT, out + b * N, N * sizeof(int));
         full_logits(m, logits, text, PROMPT + N, 0);
         for (int i = 0; i < N; i++)
-            same &= out[b * N + i] == sample_token(logits + (PROMPT + i - 1) * V, scratch, V, &how,
+            same &= out[b * N + i] == sample_token(logits + (PROMPT + i - 1) * V, scratch, V, &how, NULL,
                                                    random_uniform(random_stream(77, STREAM_SAMPLE, b), i));
     }
     check("generation", "samples every sequence by itself", same);
@@ -592,6 +592,24 @@ static void test_all_decoding(void) {
 }
 
 // dev/test/reference/encoding_*: texts and what GPT-2's own encoder makes of them (dev/test/make_encoding_cases.py).
+// A text to stop at is complete with the token in which its last byte lies, wherever it begins.
+static void test_stops(const Tokenizer *t) {
+    static const char text[] = "It is not the end; not even the beginning of the end.";
+    static const char *const stops[] = {"is not", "o", " the end;", "nning", "of the en", ".", "It", "nothing"};
+    int tokens[sizeof text], wrong = 0;
+    int n = encode(t, (const unsigned char *)text, sizeof text - 1, tokens);
+    for (size_t k = 0; k < sizeof stops / sizeof *stops; k++)
+        for (int i = 1, end = 0; i <= n; i++) {
+            int from = end, length = strlen(stops[k]), expected = 0;
+            end += token_bytes(t, tokens[i - 1]);
+            for (int last = from + 1; last <= end; last++)
+                expected |= last >= length && !memcmp(text + last - length, stops[k], length);
+            wrong += completes(t, tokens, i, stops[k]) != expected;
+        }
+    check("stops", "are complete with the right token", n < (int)sizeof text - 9 && wrong == 0);
+    check("stops", "end-of-text ends a text", is_end_of_text(t, t->eot) && !is_end_of_text(t, tokens[0]));
+}
+
 static void test_encoding(void) {
     size_t size, at = 0;
     int wrong = 0, cases = 0;
@@ -612,9 +630,11 @@ static void test_encoding(void) {
     check("encoding", "has over 1000 cases", cases > 1000);
     check("encoding", "is as GPT-2's in every case", wrong == 0);
     check("encoding", "samples start after a newline", first_token(&t) == 198);
+    test_stops(&t);
     free(all);
     tokenizer_free(&t);
     t = tokenizer_bytes(256);
+    check("stops", "a byte is no end-of-text", !is_end_of_text(&t, t.eot));
     int out[9];
     check("encoding", "of bytes", encode(&t, (const unsigned char *)"don't  \xc3", 8, out) == 8 && out[3] == '\'' && out[7] == 0xc3);
     tokenizer_free(&t);
@@ -764,7 +784,7 @@ static void test_threads(void) {
                 forward_backward(m, x, y, B, T, 1);
                 adamw_update(m, &adam, 1e-3, step, clip_scale(gradient_norm(m), 0.5));
             }
-            checkpoint_save(m, i ? other : first, 20, "threads");
+            checkpoint_save(m, i ? other : first, 20, "threads", NAN);
             if (i) check("threads: same checkpoint after 20 steps", attention_names[kinds[k].attention], same_files(first, other));
             model_free(m);
         }
@@ -777,7 +797,8 @@ static void train_quietly(Model *m, const Options *o, const Data *d, const Token
     fflush(stdout);
     int out = dup(1), null = open("/dev/null", O_WRONLY);
     dup2(null, 1);
-    train(m, o, d, NULL, t, NULL, "", done);
+    Outputs none = {.settings = "", .best = INFINITY};
+    train(m, o, d, NULL, t, &none, done);
     fflush(stdout);
     dup2(out, 1), close(out), close(null);
     signal(SIGINT, SIG_DFL), signal(SIGTERM, SIG_DFL);
@@ -958,7 +979,7 @@ static void test_sampling(void) {
     real scratch[4];
     for (int i = 0; i < N; i++) {
         real logits[4] = {0, 1, 2, -1};
-        counts[sample_token(logits, scratch, 4, &all, random_uniform(12, i))]++;
+        counts[sample_token(logits, scratch, 4, &all, NULL, random_uniform(12, i))]++;
     }
     double sum = exp(0) + exp(2) + exp(4) + exp(-2);
     for (int v = 0; v < 4; v++) {
@@ -966,13 +987,38 @@ static void test_sampling(void) {
         check_below("sampling", "follows softmax(logits / temperature)", fabs((double)counts[v] / N - p), 5 * sqrt(p * (1 - p) / N));
     }
     real logits[4] = {0, 1, 2, -1};
-    check("sampling", "temperature 0 takes the likeliest", sample_token(logits, scratch, 4, &greedy, 0.999) == 2);
+    check("sampling", "temperature 0 takes the likeliest", sample_token(logits, scratch, 4, &greedy, NULL, 0.999) == 2);
     int seen[4] = {0};
     for (int i = 0; i < 1000; i++) {
         real again[4] = {0, 1, 2, -1};
-        seen[sample_token(again, scratch, 4, &two, random_uniform(13, i))]++;
+        seen[sample_token(again, scratch, 4, &two, NULL, random_uniform(13, i))]++;
     }
     check("sampling", "top-k leaves the likeliest k", !seen[0] && seen[1] > 200 && seen[2] > 600 && !seen[3]);
+
+    // Of probabilities 0.087, 0.237, 0.644 and 0.032 the first two have 0.881, the first three 0.968.
+    for (int set = 0; set < 3; set++) {
+        Sampling nucleus = {1, set == 2 ? 2 : 0, (double[]){0.87, 0.89, 0.99}[set], 0, {0}, 0};
+        int found[4] = {0};
+        for (int i = 0; i < 2000; i++) {
+            real again[4] = {0, 1, 2, -1};
+            found[sample_token(again, scratch, 4, &nucleus, NULL, random_uniform(15, i))]++;
+        }
+        check("sampling", "top-p leaves the likeliest that have so much", found[1] > 400 && found[2] > 1000 &&
+              (found[0] > 0) == (set == 1) && !found[3]);
+    }
+    Sampling even = {1, 0, 0.4, 0, {0}, 0};
+    int first[3] = {0};
+    for (int i = 0; i < 200; i++) {
+        real again[3] = {1, 1, 0};
+        first[sample_token(again, scratch, 3, &even, NULL, random_uniform(16, i))]++;
+    }
+    check("sampling", "top-p keeps what is as likely as the last", first[0] > 50 && first[1] > 50 && !first[2]);
+    Sampling penal = {0, 0, 0, 3, {0}, 0};
+    real positive[4] = {0, 1, 2, -1}, negative[4] = {-4, -1, -2, -4};
+    check("sampling", "the penalty divides", sample_token(positive, scratch, 4, &penal, (unsigned char[]){0, 0, 1, 0}, 1) == 1 &&
+          fabs(positive[2] - 2.0 / 3) < 1e-6 && positive[1] == 1);
+    check("sampling", "and multiplies what is negative", sample_token(negative, scratch, 4, &penal, (unsigned char[]){0, 1, 0, 0}, 1) == 2 &&
+          negative[1] == -3);
     for (int k = 0; k < 50; k++) {  // against counting
         real x[50], y[50];
         for (int i = 0; i < 50; i++) x[i] = y[i] = random_bits(14 + k, i) % 20;
@@ -994,7 +1040,7 @@ static void test_checkpoints(void) {
             m->params[i] = (float)m->params[i], m->adam_m[i] = (float)random_normal(1, i), m->adam_v[i] = (float)random_normal(2, i);
         }
         for (int with_state = 0; with_state < 2; with_state++) {
-            checkpoint_save(m, a, 17, with_state ? "as it was" : NULL);
+            checkpoint_save(m, a, 17, with_state ? "as it was" : NULL, NAN);
             Checkpoint file = checkpoint_open(a);
             Config c = checkpoint_config(&file);
             Model *loaded = model_create(&c, 1);
@@ -1013,7 +1059,7 @@ static void test_checkpoints(void) {
                 check("checkpoint", "moments bear their names", !memcmp(v, m->adam_v, m->tensors[WTE].size * sizeof(real)));
                 free(v);
             }
-            checkpoint_save(loaded, b, 17, with_state ? "as it was" : NULL);
+            checkpoint_save(loaded, b, 17, with_state ? "as it was" : NULL, NAN);
             check("checkpoint", "saved again is the same file", same_files(a, b));
             checkpoint_close(&file);
             model_free(loaded);
@@ -1210,6 +1256,9 @@ int main(int argc, char **argv) {
     if (sizeof(real) == sizeof(float)) {
         run_also("sh dev/test/bad_input.sh");
         printf("bad input                     %4d checks\n", passed);
+        int before = passed;
+        run_also("sh dev/test/runs.sh");
+        printf("runs and their files          %4d checks\n", passed - before);
     }
     for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
         int before = passed;

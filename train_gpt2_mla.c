@@ -57,8 +57,9 @@ finite differences say whether the backward is right, shifted positions whether 
 turned, full passes whether decoding is right in every cache. A kind that is added half does not
 pass.
 */
-#define _POSIX_C_SOURCE 200809L
+#define _XOPEN_SOURCE 700
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
@@ -68,10 +69,14 @@ pass.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
+#if __FINITE_MATH_ONLY__
+#error "-Ofast and -ffast-math remove every check for NaN: use -O3"
+#endif
 _Static_assert(sizeof(long) == 8 && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "64 bits, little");
 #ifdef _OPENMP
 #include <omp.h>
@@ -97,6 +102,9 @@ typedef float real;
 // numbers, or a call that must not be; status 2: the command line.
 __attribute__((noreturn, format(printf, 2, 3)))
 static void fail(int status, const char *format, ...);
+// The same, and goes on.
+__attribute__((format(printf, 1, 2)))
+static void warn(const char *format, ...);
 
 static const double PI = 3.14159265358979323846;
 static int min_int(int a, int b) { return a < b ? a : b; }
@@ -228,16 +236,30 @@ static int token_bytes(const Tokenizer *t, int token);
 static void next_batch(const Data *d, int order, uint64_t seed, long index,
                        int *x, int *y, int B, int T);
 
-// Chapters 15 and 16, for the training loop. What a run reports and leaves behind; a row or a save
-// that cannot be written ends the program with a line:
+// Chapters 15 and 16, for the training loop. What a run reports and leaves behind. What cannot be
+// written is said in a line, and the run goes on:
+typedef struct {
+    FILE *log;             // NULL: none, or none any more
+    const char *settings;  // what a checkpoint says of the run
+    double seconds;        // of the run before it was interrupted, as its log has them
+    double best;           // the lowest validation loss yet, INFINITY before there is one
+    long best_step;
+    int failed, unsaved;   // something asked for is not there; the model is not
+} Outputs;
 static double seconds(void);
 static void print_step(const Step *s, const Options *o, double eta, int stays);  // stays in place
 static void print_evaluation(const Evaluation *e);
-static void print_end(const Options *o, long done, long step, double seconds, double stepping);
-static void log_row(FILE *log, const Options *o, const Step *s, const Evaluation *e, double time);
-static void save_run(const Model *m, const Options *o, FILE *log, long step, const char *settings);
-// From then on an interrupt sets stop_signal, and the step at hand is finished; a second one ends
-// the program at once.
+static void print_end(const Options *o, const Outputs *out, long done, long step, double seconds,
+                      double stepping);
+static void log_row(Outputs *out, const Options *o, const Step *s, const Evaluation *e,
+                    double time);
+// Returns whether it was written. Ends the program, with the file as it was, unless weights and
+// moments are finite, and the loss of the batch x, y with them.
+static int save_run(Outputs *out, Model *m, const Options *o, const int *x, const int *y,
+                    long step);
+static void save_best(Outputs *out, const Model *m, const Options *o);
+// From then on a signal to end sets stop_signal, and the step at hand is finished; another one, a
+// second or more later, ends the program at once.
 static void catch_signals(void);
 static volatile sig_atomic_t stop_signal;
 
@@ -1292,16 +1314,20 @@ static double learning_rate_at(const Schedule *s, long step) {
 // ==== 8  TRAINING ===============================================================================
 typedef struct {
     double temperature;
-    int top_k;
+    int top_k;                          // 0: all
+    double top_p, repetition_penalty;   // 0 or 1: none
+    const char *stop[8];                // texts that end a sequence
+    int n_stop;
 } Sampling;
 
 // What the command line sets (chapter 16); config holds -1 where it says nothing.
 struct Options {
     Config config;
-    const char *train_data, *val_data, *tokenizer, *log, *save, *load, *prompt;
+    const char *train_data, *val_data, *tokenizer, *log, *save, *save_best, *load;
+    const char *prompt, *prompt_file;
     int order, batch_size, seq_len, grad_accum, val_every, val_batches, sample_every;
     int resume, eval, help, generate, cache;
-    long seed, save_every;
+    long seed, save_every, print_every;
     double grad_clip, dropout;
     Schedule schedule;
     AdamW adam;
@@ -1322,7 +1348,7 @@ struct Evaluation {
 
 // The loss over consecutive windows of T targets, B at a time; the last, shorter window counts
 // too: every token but the first is predicted once. With max_batches, that many batches, spread
-// evenly over the data.
+// evenly over the data. Cut short when a signal comes.
 static Evaluation evaluate(Model *m, const Data *d, const Tokenizer *tokenizer, int B, int T,
                            int max_batches) {
     Evaluation e = {0};
@@ -1330,7 +1356,7 @@ static Evaluation evaluate(Model *m, const Data *d, const Tokenizer *tokenizer, 
     long full = (d->n - 1) / T, tail = (d->n - 1) % T, batches = (full + B - 1) / B + (tail > 0);
     long taken = max_batches && max_batches < batches ? max_batches : batches;
     int *x = allocate(2 * sizeof(int) * B * T, "evaluation batch"), *y = x + B * T;
-    for (long i = 0; i < taken; i++) {
+    for (long i = 0; i < taken && !stop_signal; i++) {
         long window = i * batches / taken * B;
         int rows = full - window < B ? full - window : B, length = T;
         if (window >= full) window = full, rows = 1, length = tail;
@@ -1371,11 +1397,30 @@ static Step training_step(Model *m, const Options *o, const Data *data, long don
     return s;
 }
 
-// Steps done+1 to the last, with the moments of the model as they are; `val` and `log` may be NULL.
-// `settings` is what a checkpoint says of the run. Returns the exit status: 0, or 128 and the
-// number of the signal that stopped it.
+// The loss on validation data: after the last step on all of it. NaN where a signal cut it short.
+static Evaluation validate(Model *m, const Options *o, const Data *val, const Tokenizer *tokenizer,
+                           Outputs *out, long step) {
+    long steps = o->schedule.steps;
+    Evaluation e = evaluate(m, val, tokenizer, o->batch_size, o->seq_len,
+                            step == steps ? 0 : o->val_batches);
+    printf("val  %ld/%ld | ", step, steps);
+    if (stop_signal) return printf("cut short\n"), (Evaluation){.loss = NAN};
+    print_evaluation(&e);
+    if (!isfinite(e.loss))
+        fail(1, "step %ld: validation loss %f; not saved (a lower --learning-rate may help)", step,
+             fabs(e.loss));
+    if (e.loss < out->best) {
+        out->best = e.loss, out->best_step = step;
+        if (o->save_best) save_best(out, m, o);
+    }
+    return e;
+}
+
+// Steps done+1 to the last, with the moments of the model as they are; `val` may be NULL. Returns
+// the exit status: 0, or 128 and the number of the signal that stopped it; 1 if a file could not be
+// written.
 static int train(Model *m, const Options *o, const Data *data, const Data *val,
-                 const Tokenizer *tokenizer, FILE *log, const char *settings, long done) {
+                 const Tokenizer *tokenizer, Outputs *out, long done) {
     int B = o->batch_size, T = o->seq_len;
     int *x = allocate(2 * sizeof(int) * B * T, "batch"), *y = x + B * T;
     long step = done, steps = o->schedule.steps, saved = done;  // saved: what is on disk
@@ -1392,22 +1437,19 @@ static int train(Model *m, const Options *o, const Data *data, const Data *val,
         int samples = cache && (last || step % o->sample_every == 0);
         double eta = (seconds() - start) / (step - done) * (steps - step);
         print_step(&s, o, eta, !validates && !samples && !last && !stop_signal);
-        if (validates) {
-            e = evaluate(m, val, tokenizer, B, T, last ? 0 : o->val_batches);
-            printf("val  %ld/%ld | ", step, steps);
-            print_evaluation(&e);
-        }
-        if (samples) print_sample(m, cache, tokenizer, o, step);
-        if (log) log_row(log, o, &s, validates ? &e : NULL, seconds() - start);
-        if (o->save && o->save_every && step % o->save_every == 0)
-            save_run(m, o, log, saved = step, settings);
+        if (validates) e = validate(m, o, val, tokenizer, out, step);
+        if (samples && !stop_signal) print_sample(m, cache, tokenizer, o, step);
+        log_row(out, o, &s, &e, seconds() - start);
+        if (o->save && o->save_every && step % o->save_every == 0 &&
+            save_run(out, m, o, x, y, step))
+            saved = step;
     }
-    if (o->save && saved != step) save_run(m, o, log, step, settings);
-    if (log) fclose(log);
+    if (o->save && saved != step) out->unsaved = !save_run(out, m, o, x, y, step);
+    if (out->log) fclose(out->log);
     if (cache) cache_free(cache);
     free(x);
-    print_end(o, done, step, seconds() - start, stepping);
-    return step < steps ? 128 + stop_signal : 0;
+    print_end(o, out, done, step, seconds() - start, stepping);
+    return out->failed || out->unsaved ? 1 : step < steps ? 128 + stop_signal : 0;
 }
 
 // ######## PART II: DECODING #####################################################################
@@ -1684,14 +1726,20 @@ static void attend_cached(Model *m, int l, Acts *acts, int B, int T) {
 }
 
 // ==== 11  GENERATION ============================================================================
-// What generation uses of chapter 14: the token that samples start from; tokens of n bytes, into
-// out, which has room for n; and printing a token, without what could upset a terminal.
+// What generation uses of chapter 14: the token that samples start from; whether a token is
+// end-of-text, and whether the last of n tokens completes a text to stop at; a prompt's bytes, and
+// the tokens of n bytes, into out, which has room for n; and printing a token, without what could
+// upset a terminal.
 typedef struct {
     int expected;         // bytes that the character at hand still lacks
     unsigned char least;  // what the next of them is at least
 } Printer;
 static int first_token(const Tokenizer *t);
+static int is_end_of_text(const Tokenizer *t, int token);
+static int completes(const Tokenizer *t, const int *tokens, int n, const char *text);
+static unsigned char *read_bytes(const char *path, const char *option, size_t *size);
 static long encode(const Tokenizer *t, const unsigned char *text, long n, int *out);
+static void print_model(FILE *f, const Model *m, int cache);
 static void print_token(const Tokenizer *t, int token, Printer *printer);
 
 // Logits (B, V) of what follows the last of T more tokens of each of the cache's B sequences. With
@@ -1733,11 +1781,26 @@ static real kth_largest(real *x, int n, int k) {
     return x[k];
 }
 
-// One token from the distribution softmax(logits / temperature) over the top_k likeliest (0: all);
-// temperature 0 takes the likeliest. u in (0, 1] decides. Overwrites logits; scratch (V).
-static int sample_token(real *logits, real *scratch, int V, const Sampling *how, double u) {
-    int best = 0;
-    for (int v = 1; v < V; v++) if (logits[v] > logits[best]) best = v;
+static int descending(const void *a, const void *b) {
+    real x = *(const real *)a, y = *(const real *)b;
+    return (x < y) - (x > y);
+}
+
+// One token from the distribution softmax(logits / temperature) over the top_k likeliest (0: all),
+// and of these over the likeliest that have top_p of the probability between them; temperature 0
+// takes the likeliest. The logits of tokens already seen (V; NULL: none) are first made smaller by
+// repetition_penalty: divided, negative ones multiplied (as in CTRL, Keskar et al. 2019).
+// u in (0, 1] decides. Overwrites logits; scratch (V).
+static int sample_token(real *logits, real *scratch, int V, const Sampling *how,
+                        const unsigned char *seen, double u) {
+    int best = 0, finite = 1;
+    double penalty = how->repetition_penalty;
+    for (int v = 0; v < V; v++) {
+        if (seen && seen[v]) logits[v] *= logits[v] > 0 ? 1 / penalty : penalty;
+        if (logits[v] > logits[best]) best = v;
+        finite &= !!isfinite(logits[v]);
+    }
+    if (!finite) fail(1, "the model's logits are no finite numbers: its weights are useless");
     if (how->temperature == 0) return best;
     real max = logits[best], least = -INFINITY;
     if (how->top_k && how->top_k < V) {
@@ -1749,6 +1812,15 @@ static int sample_token(real *logits, real *scratch, int V, const Sampling *how,
         logits[v] = logits[v] < least ? 0 : exp((logits[v] - max) / how->temperature);
         sum += logits[v];
     }
+    if (how->top_p > 0 && how->top_p < 1) {
+        double wanted = how->top_p * sum;
+        memcpy(scratch, logits, V * sizeof(real));
+        qsort(scratch, V, sizeof(real), descending);
+        sum = 0;
+        for (int v = 0; v < V && sum < wanted; v++) sum += least = scratch[v];
+        sum = 0;  // again, with those that are as likely as the last
+        for (int v = 0; v < V; v++) sum += logits[v] = logits[v] < least ? 0 : logits[v];
+    }
     for (int v = 0; v < V; v++)
         if ((running += logits[v]) > u * sum) return v;
     return best;
@@ -1756,36 +1828,56 @@ static int sample_token(real *logits, real *scratch, int V, const Sampling *how,
 
 typedef struct {
     double prompt_seconds, seconds;  // reading the prompt, making the rest
+    long made;                       // tokens, of all sequences
 } Generation;
 
 // Continues the prompt, n_prompt tokens, by n tokens in each of cache->B sequences; the cache must
-// have room for all but the last. Token i of sequence b goes to out[b*n + i] if there is an out,
-// and those of sequence 0 are printed as they come if there is a tokenizer.
+// have room for all but the last. Token i of sequence b goes to out[b*n + i] if there is an out.
+// With a tokenizer a sequence ends at end-of-text and with a text to stop at, and there is -1 in
+// out from then on; those of sequence 0 are printed as they come.
 static Generation generate(Model *m, Cache *cache, const int *prompt, int n_prompt, int n,
                            const Sampling *how, uint64_t key, const Tokenizer *tokenizer,
                            int *out) {
-    int B = cache->B, V = m->c.V;
+    int B = cache->B, V = m->c.V, running = B;
+    int penalizes = how->repetition_penalty != 0 && how->repetition_penalty != 1;
     int *tokens = allocate(sizeof(int) * B * n_prompt, "prompt");
+    int *made = out ? out : allocate(sizeof(int) * B * n, "generated tokens");        // (B, n)
     real *scratch = allocate(sizeof(real) * V, "sampling");
+    unsigned char *seen = penalizes ? allocate((size_t)B * V, "tokens seen") : NULL;  // (B, V)
+    unsigned char *ended = allocate(B, "sequences");
     Generation g = {0};
     Printer printer = {0};
-    for (int b = 0; b < B; b++)
+    for (int b = 0; b < B; b++) {
         memcpy(tokens + (long)b * n_prompt, prompt, n_prompt * sizeof(int));
+        for (int t = 0; seen && t < n_prompt; t++) seen[(long)b * V + prompt[t]] = 1;
+    }
     cache->used = 0;
     double start = seconds();
     real *logits = decode(m, cache, tokens, n_prompt);
     g.prompt_seconds = seconds() - start;
     for (int i = 0; i < n; i++) {
         for (int b = 0; b < B; b++) {
+            int *own = made + (long)b * n;
+            own[i] = -1;
+            if (ended[b]) continue;
+            unsigned char *own_seen = seen ? seen + (long)b * V : NULL;
             double u = random_uniform(random_stream(key, STREAM_SAMPLE, b), i);
-            tokens[b] = sample_token(logits + (long)b * V, scratch, V, how, u);
-            if (out) out[(long)b * n + i] = tokens[b];
+            int token = sample_token(logits + (long)b * V, scratch, V, how, own_seen, u);
+            tokens[b] = token;
+            g.made++;
+            if (seen) own_seen[token] = 1;
+            ended[b] = tokenizer && is_end_of_text(tokenizer, token);
+            if (!ended[b]) own[i] = token;
+            for (int k = 0; tokenizer && k < how->n_stop && !ended[b]; k++)
+                ended[b] = completes(tokenizer, own, i + 1, how->stop[k]);
+            running -= ended[b];
         }
-        if (tokenizer) print_token(tokenizer, tokens[0], &printer), fflush(stdout);
-        if (i + 1 < n) logits = decode(m, cache, tokens, 1);
+        if (tokenizer && made[i] != -1) print_token(tokenizer, made[i], &printer), fflush(stdout);
+        if (i + 1 < n && running) logits = decode(m, cache, tokens, 1);
     }
     g.seconds = seconds() - start - g.prompt_seconds;
-    free(tokens), free(scratch);
+    if (!out) free(made);
+    free(tokens), free(scratch), free(seen), free(ended);
     return g;
 }
 
@@ -1800,16 +1892,20 @@ static void print_sample(Model *m, Cache *cache, const Tokenizer *t, const Optio
     printf("\n");
 }
 
-// The command --generate: the prompt, its continuation, and what that cost.
+// The command --generate: the prompt and its continuation on standard output; what that cost and
+// all else on standard error.
 static void generate_command(Model *m, const Options *o, const Tokenizer *tokenizer) {
     const Config *c = &m->c;
-    const char *text = o->prompt ? o->prompt : "";
+    const char *option = o->prompt_file ? "--prompt-file" : "--prompt";
+    size_t length = o->prompt ? strlen(o->prompt) : 0;
+    unsigned char *file = o->prompt_file ? read_bytes(o->prompt_file, option, &length) : NULL;
+    const unsigned char *text = file ? file : (unsigned char *)(o->prompt ? o->prompt : "");
     int mode = o->cache == -1 ? cache_mode(c) : o->cache, B = o->batch_size;
-    int *prompt = allocate((strlen(text) + 1) * sizeof(int), "prompt");
-    long n_prompt = encode(tokenizer, (const unsigned char *)text, strlen(text), prompt);
+    int *prompt = allocate((length + 1) * sizeof(int), "prompt");
+    long n_prompt = encode(tokenizer, text, length, prompt);
     if (n_prompt == 0) prompt[n_prompt++] = first_token(tokenizer);
     if (n_prompt > c->block_size)
-        fail(2, "--prompt: %ld tokens, expected at most the model's block size, %d", n_prompt,
+        fail(2, "%s: %ld tokens, expected at most the model's block size, %d", option, n_prompt,
              c->block_size);
     int capacity = min_int(n_prompt + o->generate, c->block_size);
     int n = min_int(o->generate, capacity - n_prompt + 1);
@@ -1817,39 +1913,60 @@ static void generate_command(Model *m, const Options *o, const Tokenizer *tokeni
 
     model_reserve(m, B, n_prompt, 0);
     Cache *cache = cache_create(m, mode, B, capacity);
-    printf(B > 1 ? "--- 1\n%s" : "%s", text);
+    print_model(stderr, m, mode);
+    if (B > 1) fprintf(stderr, "--- 1\n");
+    fwrite(text, 1, length, stdout);
     fflush(stdout);
     Generation g = generate(m, cache, prompt, n_prompt, n, &o->sampling, o->seed, tokenizer, out);
     for (int b = 1; b < B; b++) {
         Printer printer = {0};
-        printf("\n--- %d\n%s", b + 1, text);
-        for (int i = 0; i < n; i++) print_token(tokenizer, out[(long)b * n + i], &printer);
+        printf("\n");
+        fflush(stdout);
+        fprintf(stderr, "--- %d\n", b + 1);
+        fwrite(text, 1, length, stdout);
+        for (int i = 0; i < n && out[(long)b * n + i] != -1; i++)
+            print_token(tokenizer, out[(long)b * n + i], &printer);
     }
-    if (n < o->generate)
-        printf("\n[stopped: the model's block size, %d tokens, is full]", c->block_size);
+    printf("\n");
+    fflush(stdout);
+    if (n < o->generate)  // to drop the oldest tokens would be another model: the rest saw them
+        fprintf(stderr, "[stopped: the %d tokens that the model has learned to look back over, its "
+                "block size, are full]\n", c->block_size);
     long floats = cache_floats(c, mode), mha = 2L * c->L * c->C;
     double tokens = (double)B * capacity, MB = sizeof(real) / 1e6;
-    printf("\n\nprompt %ld tokens x %d, %.0f tok/s | decoded %d tokens x %d, %.0f tok/s\n",
-           n_prompt, B, n_prompt * B / g.prompt_seconds, n, B,
-           n > 1 ? (n - 1.0) * B / g.seconds : 0.0);
-    printf("cache %s: %ld floats per token, %.2f MB in all | MHA: %ld floats per token, %.2f MB in "
-           "all\n", cache_names[mode], floats, floats * tokens * MB, mha, mha * tokens * MB);
+    fprintf(stderr, "prompt %ld tokens x %d, %.0f tok/s | decoded %ld tokens, %.0f tok/s\n",
+            n_prompt, B, n_prompt * B / g.prompt_seconds, g.made,
+            g.made > B ? (g.made - B) / g.seconds : 0.0);
+    fprintf(stderr, "cache %s: %ld floats per token, %.2f MB in all | MHA: %ld floats per token, "
+            "%.2f MB in all\n", cache_names[mode], floats, floats * tokens * MB, mha,
+            mha * tokens * MB);
     cache_free(cache);
-    free(prompt), free(out);
+    free(prompt), free(out), free(file);
 }
 
 // ######## PART III: MACHINERY ###################################################################
 
 // ==== 12  MEMORY ================================================================================
-static void fail(int status, const char *format, ...) {
-    va_list args;
-    va_start(args, format);
+static void print_error(const char *format, va_list args) {
     fflush(stdout);
     fputs("train_gpt2_mla: ", stderr);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
+}
+
+static void fail(int status, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    print_error(format, args);
     va_end(args);
     exit(status);
+}
+
+static void warn(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    print_error(format, args);
+    va_end(args);
 }
 
 static double seconds(void) {
@@ -2405,6 +2522,23 @@ static unsigned char *read_file(const char *path, size_t *size) {
     return bytes;
 }
 
+// What comes from a file, or from standard input for "-", until it ends: a pipe will do.
+static unsigned char *read_bytes(const char *path, const char *option, size_t *size) {
+    size_t room = 0, n;
+    unsigned char *bytes = NULL;
+    FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
+    if (!f) fail(1, "%s %s: cannot open: %s", option, path, strerror(errno));
+    *size = 0;
+    do {
+        if (*size == room) bytes = realloc(bytes, room = 2 * room + 4096);
+        if (!bytes) fail(1, "%s %s: too long for memory", option, path);
+        *size += n = fread(bytes + *size, 1, room - *size, f);
+    } while (n);
+    if (ferror(f)) fail(1, "%s %s: cannot read: %s", option, path, strerror(errno));
+    if (f != stdin) fclose(f);
+    return bytes;
+}
+
 // --- Tokens: llm.c's format (256 int32: 20240520, 1, count; then uint16 tokens), or plain text,
 //     whose bytes are the tokens
 
@@ -2452,6 +2586,24 @@ struct Tokenizer {
 
 static int token_bytes(const Tokenizer *t, int token) {
     return token < t->V ? (int)(t->start[token + 1] - t->start[token]) : -1;
+}
+
+// An end-of-text token of one byte only says where samples start.
+static int is_end_of_text(const Tokenizer *t, int token) {
+    return token == t->eot && token_bytes(t, token) != 1;
+}
+
+// From the text's end backwards, for each place in the last token where it can lie.
+static int completes(const Tokenizer *t, const int *tokens, int n, const char *text) {
+    for (int end = token_bytes(t, tokens[n - 1]); end > 0; end--) {
+        int i = n - 1, at = end, left = strlen(text);
+        while (left && i >= 0) {
+            if (!at) at = --i >= 0 ? token_bytes(t, tokens[i]) : 0;
+            else if (t->bytes[t->start[tokens[i]] + --at] != (unsigned char)text[--left]) break;
+            else if (!left) return 1;
+        }
+    }
+    return 0;
 }
 
 // Where the table has the token with these bytes, or the free place where it belongs.
@@ -2641,7 +2793,7 @@ static long encode(const Tokenizer *t, const unsigned char *text, long n, int *o
         for (int i = 0; i < p.n; i = p.after[i]) {
             int token = *tokenizer_place(t, p.text + i, p.after[i] - i);
             if (token == -1)
-                fail(2, "--prompt: byte %d at place %ld is not in the vocabulary", p.text[i],
+                fail(2, "prompt: byte %d at place %ld is not in the vocabulary", p.text[i],
                      at + i);
             out[count++] = token;
         }
@@ -2723,10 +2875,87 @@ static real *set_of(const Model *m, int set) {
     return set == 0 ? m->params : set == 1 ? m->adam_m : m->adam_v;
 }
 
-static char *temporary_name(const char *path) {
-    char *name = allocate(strlen(path) + 5, path);
-    sprintf(name, "%s.tmp", path);
+// path and an ending.
+static char *with_ending(const char *path, const char *ending) {
+    char *name = allocate(strlen(path) + strlen(ending) + 1, path);
+    sprintf(name, "%s%s", path, ending);
     return name;
+}
+
+// The file that a link leads to; else the path itself. What is renamed to a link would replace it.
+static const char *link_target(const char *path) {
+    struct stat st;
+    if (!path || lstat(path, &st) || !S_ISLNK(st.st_mode)) return path;
+    const char *target = realpath(path, NULL);
+    if (!target) fail(1, "%s: a link that leads to no file: %s", path, strerror(errno));
+    return target;
+}
+
+// The files that a run writes. No other run can: each has path.lock, which is locked for as long as
+// this program lives, however it ends. What stood there before is kept as `old`.
+typedef struct {
+    const char *option, *path;
+    char *lock, *old;  // old: NULL if there is nothing to keep
+    struct stat is;    // of the lock
+    int kept;
+} Held;
+static Held held[3];
+static int n_held;
+
+static void release_files(void) {
+    while (n_held) unlink(held[--n_held].lock);
+}
+
+// With `continued` what stands in the file is this run's own.
+static void hold_file(const char *option, const char *path, int continued) {
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    struct stat there;
+    Held *h = &held[n_held];
+    *h = (Held){.option = option, .path = path, .lock = with_ending(path, ".lock")};
+    for (int fd;; close(fd)) {
+        fd = open(h->lock, O_RDWR | O_CREAT, 0666);
+        if (fd < 0 || fstat(fd, &h->is)) fail(1, "%s: cannot write: %s", path, strerror(errno));
+        if (fcntl(fd, F_SETLK, &lock) && (errno == EACCES || errno == EAGAIN)) {
+            fcntl(fd, F_GETLK, &lock);
+            fail(1, "%s: process %d is writing it; end that, or name another file", path,
+                 (int)lock.l_pid);
+        }  // file systems without locks go without
+        // its owner may have ended, and removed it, since it was opened
+        if (!stat(h->lock, &there) && h->is.st_ino == there.st_ino) break;
+    }
+    for (Held *o = held; o < h; o++)
+        if (o->is.st_ino == h->is.st_ino && o->is.st_dev == h->is.st_dev)
+            fail(2, "%s %s: the same file as %s", option, path, o->option);
+    if (!n_held++) atexit(release_files);
+    if (continued || stat(path, &there) || !there.st_size) return;
+    h->old = with_ending(path, ".old");
+    for (int i = 2; !access(h->old, F_OK); i++) {
+        char ending[20];
+        snprintf(ending, sizeof ending, ".old%d", i);
+        free(h->old);
+        h->old = with_ending(path, ending);
+    }
+}
+
+// Before a file is first replaced. Two names for one file, where there can be such, leave no moment
+// without either. Returns whether nothing is lost by replacing it now; if not, errno says why.
+static int keep_old(const char *path) {
+    for (Held *h = held; h < held + n_held; h++)
+        if (h->old && !h->kept && !strcmp(h->path, path))
+            return h->kept = !link(path, h->old) || !rename(path, h->old) || errno == ENOENT;
+    return 1;
+}
+
+// The step that a checkpoint of this program says it is from; 0 if none.
+static long step_in(const char *path) {
+    char start[4096] = "";
+    FILE *f = fopen(path, "rb");
+    if (!f) return 0;
+    size_t n = fseek(f, 8, SEEK_SET) ? 0 : fread(start, 1, sizeof start - 1, f);
+    fclose(f);
+    start[n] = 0;
+    char *found = strstr(start, "\"step\":\"");
+    return found ? atol(found + 8) : 0;
 }
 
 // Fails unless `path` is free, empty, or a file of the right kind, with the text `like`, or that of
@@ -2738,6 +2967,8 @@ static void check_replaceable(const char *path, const char *kind, const char *li
     if (stat(path, &st)) return;
     if (!S_ISREG(st.st_mode))
         fail(1, "%s: exists and is no regular file; will not replace it", path);
+    if (access(path, W_OK) || !(st.st_mode & 0222))  // root may write all the same
+        fail(1, "%s: exists and is read-only; will not replace it", path);
     FILE *f = fopen(path, "rb");
     if (!f)
         fail(1, "%s: exists and cannot be read: %s; will not replace it", path, strerror(errno));
@@ -2751,12 +2982,12 @@ static void check_replaceable(const char *path, const char *kind, const char *li
     fclose(f);
 }
 
+static const char checkpoint_start[] = "{\"__metadata__\":{\"format\":\"train_gpt2_mla\"";
+
 // Fails if a checkpoint could not be written to `path`: better before the training than after it.
-static void check_checkpoint_writable(const char *path) {
-    static const char like[] = "{\"__metadata__\":{\"format\":\"train_gpt2_mla\"";
-    char *temporary = temporary_name(path);
-    check_replaceable(path, "checkpoint", like, NULL, 8, 0);
-    check_replaceable(temporary, "checkpoint", like, NULL, 8, 1);
+static void check_writable(const char *path) {
+    char *temporary = with_ending(path, ".tmp");
+    check_replaceable(temporary, "checkpoint", checkpoint_start, NULL, 8, 1);
     FILE *f = fopen(temporary, "wb");
     if (!f) fail(1, "%s: cannot write: %s", path, strerror(errno));
     fclose(f);
@@ -2764,24 +2995,36 @@ static void check_checkpoint_writable(const char *path) {
     free(temporary);
 }
 
-// Writes `path`.tmp and renames it when it is complete: a file that bears the name is whole.
-// With settings, what a run needs to go on as if it had never stopped is written too: the moments,
-// the steps done, and the options that shape the run, in words. Data and randomness follow from
-// step and seed.
-static void checkpoint_save(const Model *m, const char *path, long step, const char *settings) {
-    char *temporary = temporary_name(path);
+static void hold_checkpoint(const char *option, const char *path, int continued) {
+    check_replaceable(path, "checkpoint", checkpoint_start, NULL, 8, 0);
+    hold_file(option, path, continued);
+    check_writable(path);
+}
+
+// Writes `path`.tmp and renames it when it is complete: a file that bears the name is whole, and it
+// keeps its mode. With settings, what a run needs to go on as if it had never stopped is written
+// too: the moments, the steps done, and the options that shape the run, in words. Data and
+// randomness follow from step and seed. A val_loss is noted if it is not NaN. Returns whether it
+// was written; if not, says so.
+static int checkpoint_save(const Model *m, const char *path, long step, const char *settings,
+                           double val_loss) {
+    char *temporary = with_ending(path, ".tmp");
     FILE *f = fopen(temporary, "wb");
-    if (!f) fail(1, "%s: cannot write: %s", temporary, strerror(errno));
+    struct stat st;
+    if (!f) return warn("%s: cannot write: %s", temporary, strerror(errno)), free(temporary), 0;
+    if (!stat(path, &st)) fchmod(fileno(f), st.st_mode & 07777);
     int sets = settings ? 3 : 1;
     size_t at = 0;
     uint64_t length = 0;
     fwrite(&length, 8, 1, f);  // known only after the header
-    fprintf(f, "{\"__metadata__\":{\"format\":\"train_gpt2_mla\"");
+    fputs(checkpoint_start, f);
     for (const ConfigKey *k = config_keys; k < config_keys + CONFIG_KEYS; k++) {
         const char *value = config_text(&m->c, k);
         if (value) fprintf(f, ",\"%s\":\"%s\"", k->key, value);
     }
-    if (settings) fprintf(f, ",\"step\":\"%ld\",\"settings\":\"%s\"", step, settings);
+    if (step) fprintf(f, ",\"step\":\"%ld\"", step);
+    if (settings) fprintf(f, ",\"settings\":\"%s\"", settings);
+    if (!isnan(val_loss)) fprintf(f, ",\"val_loss\":\"%.9f\"", val_loss);
     fprintf(f, "}");
     for (int set = 0; set < sets; set++)
         for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
@@ -2806,12 +3049,14 @@ static void checkpoint_save(const Model *m, const char *path, long step, const c
             }
     ok = ok && !ferror(f) && !fflush(f) && !fsync(fileno(f));
     int error = errno;
-    if (fclose(f) || !ok || rename(temporary, path)) {
-        if (ok) error = errno;
+    if (fclose(f) && ok) error = errno, ok = 0;
+    if (ok && (!keep_old(path) || rename(temporary, path))) error = errno, ok = 0;
+    if (!ok) {
         unlink(temporary);
-        fail(1, "%s: not written: %s (a file of that name is as it was)", path, strerror(error));
+        warn("%s: not written: %s (a file of that name is as it was)", path, strerror(error));
     }
     free(temporary);
+    return ok;
 }
 
 // --- Reading. The header's few forms are parsed where they stand; strings are unescaped in place.
@@ -3105,79 +3350,127 @@ static void checkpoint_read_model(const Checkpoint *k, Model *m, int moments) {
 // ==== 16  COMMAND LINE ==========================================================================
 // --- What a run prints
 
-static void print_duration(double s) {
-    long t = s;
-    if (t >= 3600) printf("%ldh%02ldm", t / 3600, t / 60 % 60);
-    else if (t >= 60) printf("%ldm%02lds", t / 60, t % 60);
-    else printf("%.0fs", s);
+static void format_duration(char *text, double s) {  // at most 63 characters
+    long t = s < 1e9 ? s : 1e9;
+    if (t >= 3600) sprintf(text, "%ldh%02ldm", t / 3600, t / 60 % 60);
+    else if (t >= 60) sprintf(text, "%ldm%02lds", t / 60, t % 60);
+    else sprintf(text, "%.0fs", s);
 }
 
+// Output on its way. A reader that has gone is no reason to lose a run.
+static void flush_output(void) {
+    static int lost;
+    if (fflush(stdout) && !lost++)
+        warn("standard output: cannot write: %s; the run goes on", strerror(errno));
+}
+
+static volatile sig_atomic_t line_is_drawn;  // and a terminal's cursor stands in it
+
 // On a terminal the line of a step that nothing follows stays in its place, and the next is drawn
-// over it.
+// over it; where it is too narrow, a shorter one. Elsewhere there are some 100 lines a run, and the
+// first step's.
 static void print_step(const Step *s, const Options *o, double eta, int stays) {
+    char line[200], left[64];
+    struct winsize window;
+    static int begun;
+    long steps = o->schedule.steps, every = o->print_every;
     int terminal = isatty(1);
-    printf("step %ld/%ld | loss %.6f | lr %.1e | grad %.3g | tok/s %.0f | ETA ", s->number,
-           o->schedule.steps, s->loss, s->lr, s->norm, s->rate);
-    print_duration(eta);
-    printf(!terminal ? "\n" : stays ? "\033[K\r" : "\033[K\n");
-    fflush(stdout);
+    int width = terminal && !ioctl(1, TIOCGWINSZ, &window) ? window.ws_col : 0;
+    if (!every) every = terminal ? LONG_MAX : steps < 200 ? 1 : steps / 100;
+    stays = stays && s->number % every != 0;
+    if (stays && !terminal && begun) return;
+    begun = 1;
+    format_duration(left, eta);
+    int length = snprintf(line, sizeof line, "step %ld/%ld | loss %.6f | lr %.1e | grad %.3g | "
+                          "tok/s %.0f | ETA %s", s->number, steps, s->loss, s->lr, s->norm,
+                          s->rate, left);
+    if (width && length >= width)
+        snprintf(line, min_int(sizeof line, width), "step %ld/%ld | loss %.4f | ETA %s", s->number,
+                 steps, s->loss, left);
+    printf(!terminal ? "%s\n" : stays ? "%s\033[K\r" : "%s\033[K\n", line);
+    flush_output();
+    line_is_drawn = terminal && stays;
 }
 
 static void print_evaluation(const Evaluation *e) {
     printf("loss %.8f perplexity %.4f bits_per_byte ", e->loss, exp(e->loss));
     printf(isnan(e->bits_per_byte) ? "n/a" : "%.6f", e->bits_per_byte);
     printf(" tokens %ld\n", e->tokens);
-    fflush(stdout);
+    flush_output();
 }
 
-// The run in all; if it was interrupted, how it can go on.
-static void print_end(const Options *o, long done, long step, double seconds, double stepping) {
+// The run in all, and where its model is; if it was interrupted, how it can go on.
+static void print_end(const Options *o, const Outputs *out, long done, long step, double seconds,
+                      double stepping) {
     long steps = o->schedule.steps, tokens = (long)o->batch_size * o->seq_len * o->grad_accum;
+    char took[64];
     if (done && done == steps) printf("%s: all its %ld steps are done already\n", o->save, done);
     if (step > done) {
-        printf("%ld steps in ", step - done);
-        print_duration(seconds);
-        printf(", %.0f tokens/s\n", tokens * (step - done) / stepping);
-        if (o->save) printf("saved %s\n", o->save);
+        format_duration(took, seconds);
+        printf("%ld steps in %s, %.0f tokens/s\n", step - done, took,
+               tokens * (step - done) / stepping);
+        if (out->best_step)
+            printf("lowest validation loss %.4f, after step %ld%s%s\n", out->best, out->best_step,
+                   o->save_best ? ": saved " : "", o->save_best ? o->save_best : "");
+        if (!o->save && !o->save_best)
+            printf("the model is gone: nothing is kept without --save FILE\n");
+        if (o->save && !out->unsaved) printf("saved %s\n", o->save);
     }
     if (!stop_signal || step == steps) return;
-    printf("stopped by signal %d after step %ld%s\n", (int)stop_signal, step,
-           !o->save ? ", nothing saved without --save FILE"
-           : step == 0 ? ", nothing to save yet"
+    printf("stopped by signal %d (%s) after step %ld%s\n", (int)stop_signal,
+           strsignal(stop_signal), step,
+           step == 0 ? ", nothing to save yet"
+           : !o->save || out->unsaved ? ""
            : o->load ? "; the same command with --resume in place of --load goes on from there"
            : "; the same command with --resume goes on from there");
 }
 
-static void print_model(const Model *m, int cache) {  // [ATTENTION 1]
+static void print_model(FILE *f, const Model *m, int cache) {  // [ATTENTION 1]
     const Config *c = &m->c;
-    long floats = cache_floats(c, cache == -1 ? cache_mode(c) : cache), mha = 2L * c->L * c->C;
-    printf("%s, position %s: %d layers, %d heads, %d channels, vocabulary %d, block size %d",
-           attention_names[c->attention], position_names[c->position], c->L, c->NH, c->C, c->V,
-           c->block_size);
-    if (c->NKV != c->NH) printf(", %d kv head%s", c->NKV, c->NKV == 1 ? "" : "s");
+    long floats = cache_floats(c, cache), mha = 2L * c->L * c->C;
+    fprintf(f, "%s, position %s: %d layers, %d heads, %d channels, vocabulary %d, block size %d",
+            attention_names[c->attention], position_names[c->position], c->L, c->NH, c->C, c->V,
+            c->block_size);
+    if (c->NKV != c->NH) fprintf(f, ", %d kv head%s", c->NKV, c->NKV == 1 ? "" : "s");
     if (has_latent(c))
-        printf(", kv_rank %d, q_rank %d, latent norm %s", c->R, c->RQ, norm_names[c->latent_norm]);
-    if (c->position == DECOUPLED) printf(", rope_dim %d", c->RD);
-    if (c->QK != c->HS) printf(", nope_dim %d", c->NOPE);
-    printf("\n%zu parameters | KV cache %ld floats per token over all layers, where MHA needs %ld "
-           "(%.1f%%)\n", m->n_params, floats, mha, 100.0 * floats / mha);
+        fprintf(f, ", kv_rank %d, q_rank %d, latent norm %s", c->R, c->RQ,
+                norm_names[c->latent_norm]);
+    if (c->position == DECOUPLED) fprintf(f, ", rope_dim %d", c->RD);
+    if (c->QK != c->HS) fprintf(f, ", nope_dim %d", c->NOPE);
+    fprintf(f, "\n%zu parameters | KV cache %ld floats per token over all layers, where MHA needs "
+            "%ld (%.1f%%)\n", m->n_params, floats, mha, 100.0 * floats / mha);
 }
 
 // --- What a run leaves behind, and how it is stopped
 
-// SIGINT, SIGTERM and SIGHUP let the step at hand finish; a second one ends the program at once.
+// The first signal lets the step at hand finish. Another one ends the program at once; but not
+// within a second: `timeout`, for one, sends to a program and to its group, which comes twice.
 static void on_signal(int number) {
-    if (stop_signal) _exit(128 + number);
-    stop_signal = number;
+    static const char said[] = "\ntrain_gpt2_mla: stopping after this step; again: at once, "
+                               "unsaved\n";
+    static struct timespec first;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    if (!stop_signal) {
+        first = now, stop_signal = number;
+        if (write(2, said + !line_is_drawn, sizeof said - 1 - !line_is_drawn) < 0) return;
+    } else if (now.tv_sec - first.tv_sec + 1e-9 * (now.tv_nsec - first.tv_nsec) >= 1)
+        _exit(128 + number);
 }
 
+// What users, terminals and schedulers send to end a program; a file that has become too large for
+// its limit, too. One that was ignored before stays so (nohup), but for an interrupt, which shells
+// have ignored in the background. A reader of standard output that ends is no signal to end.
 static void catch_signals(void) {
-    struct sigaction stop = {.sa_handler = on_signal, .sa_flags = SA_RESTART};  // writing goes on
-    struct sigaction hangup;
-    sigaction(SIGINT, &stop, NULL), sigaction(SIGTERM, &stop, NULL);
-    if (!sigaction(SIGHUP, NULL, &hangup) && hangup.sa_handler != SIG_IGN)  // but for nohup
-        sigaction(SIGHUP, &stop, NULL);
-    fflush(stdout);
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU, SIGXFSZ};
+    struct sigaction stop = {.sa_handler = on_signal, .sa_flags = SA_RESTART}, was;
+    sigfillset(&stop.sa_mask);
+    for (int i = 0; i < (int)(sizeof signals / sizeof *signals); i++)
+        if (signals[i] == SIGINT ||
+            (!sigaction(signals[i], NULL, &was) && was.sa_handler != SIG_IGN))
+            sigaction(signals[i], &stop, NULL);
+    signal(SIGPIPE, SIG_IGN);
+    flush_output();
 }
 
 // A log says in lines that begin with # what was run (older ones do not), then has a row per step.
@@ -3197,17 +3490,19 @@ static void log_begin(FILE *f, const Model *m, const char *settings) {
 }
 
 // Opens the log. A resumed run keeps what stands before the rows and those of the steps that are
-// done, and appends to them.
-static FILE *log_open(const char *path, const Model *m, const char *settings, long done) {
-    char row[2048];
+// done, appends to them, and counts seconds on from the last.
+static FILE *log_open(const char *path, const Model *m, const char *settings, long done,
+                      double *seconds) {
+    char row[2048], *last;
     long kept = 0;
-    check_replaceable(path, "log", log_title, log_columns, 0, 0);
     FILE *f = fopen(path, done ? "a+b" : "wb");
     if (!f) fail(1, "%s: cannot write: %s", path, strerror(errno));
     if (done) rewind(f);
     while (done && fgets(row, sizeof row, f) && strchr(row, '\n') &&
-           (kept == 0 || atol(row) <= done))
+           (kept == 0 || atol(row) <= done)) {
         kept = ftell(f);
+        if (atol(row) && (last = strrchr(row, ','))) *seconds = atof(last + 1);
+    }
     if (!kept) log_begin(f, m, settings);
     else if (ftruncate(fileno(f), kept) || fseek(f, 0, SEEK_END))
         fail(1, "%s: cannot write: %s", path, strerror(errno));
@@ -3215,24 +3510,71 @@ static FILE *log_open(const char *path, const Model *m, const char *settings, lo
     return f;
 }
 
-static void log_row(FILE *log, const Options *o, const Step *s, const Evaluation *e, double time) {
+static void log_row(Outputs *out, const Options *o, const Step *s, const Evaluation *e,
+                    double time) {
+    FILE *log = out->log;
+    if (!log) return;
     fprintf(log, "%ld,%.6f,%.6e,%.6f,", s->number, s->loss, s->lr, s->norm);
-    if (e) fprintf(log, "%.6f", e->loss);
-    fprintf(log, ",%.0f,%.3f\n", s->rate, time);
-    if (fflush(log)) fail(1, "%s: cannot write: %s", o->log, strerror(errno));
+    if (!isnan(e->loss)) fprintf(log, "%.6f", e->loss);
+    fprintf(log, ",%.0f,%.3f\n", s->rate, out->seconds + time);
+    if (!fflush(log)) return;
+    warn("%s: cannot write: %s; the run goes on without it", o->log, strerror(errno));
+    fclose(log);
+    out->log = NULL, out->failed = 1;
 }
 
-// Checks that the checkpoint can be written; the log, or NULL.
-static FILE *open_outputs(const Options *o, const Model *m, const char *settings, long done) {
-    if (o->save) check_checkpoint_writable(o->save);
-    FILE *log = o->log && o->schedule.steps > 0 ? log_open(o->log, m, settings, done) : NULL;
-    if (o->save && log) check_checkpoint_writable(o->save);  // the log may be the same file
-    return log;
+// Makes sure of every file that the run is to write, before it begins.
+static Outputs open_outputs(const Options *o, const Model *m, const char *settings, long done) {
+    Outputs out = {.settings = settings, .best = INFINITY};
+    const char *log = o->schedule.steps > 0 ? o->log : NULL;
+    if (log) {
+        check_replaceable(log, "log", log_title, log_columns, 0, 0);
+        hold_file("--log", log, o->resume);
+    }
+    if (o->save) hold_checkpoint("--save", o->save, o->resume);
+    if (o->save_best) hold_checkpoint("--save-best", o->save_best, o->resume);
+    if (o->save_best && o->resume && !access(o->save_best, F_OK)) {
+        Checkpoint best = checkpoint_open(o->save_best);
+        const char *loss = checkpoint_meta(&best, "val_loss");
+        const char *step = checkpoint_meta(&best, "step");
+        if (loss && step) out.best = atof(loss), out.best_step = atol(step);
+        checkpoint_close(&best);
+    }
+    if (!log) return out;
+    if (!o->resume && (!keep_old(log) || (unlink(log) && errno != ENOENT)))
+        fail(1, "%s: cannot be put aside: %s", log, strerror(errno));
+    out.log = log_open(log, m, settings, done, &out.seconds);
+    if (o->save) check_writable(o->save);  // the log may have its temporary name
+    return out;
 }
 
-static void save_run(const Model *m, const Options *o, FILE *log, long step, const char *settings) {
-    if (log) fsync(fileno(log));  // after a crash it holds at least the checkpoint's steps
-    checkpoint_save(m, o->save, step, settings);
+// What files there are already, and what becomes of them.
+static void print_kept(const Options *o) {
+    for (Held *h = held; h < held + n_held; h++) {
+        if (!h->old) continue;
+        long step = h->kept ? 0 : step_in(h->path);
+        if (step) printf("%s: holds step %ld; ", h->path, step);
+        else printf("%s: exists; ", h->path);
+        printf("%s keeps it as %s%s\n", h->kept ? "this run" : "the first save", h->old,
+               h->path == o->save && step ? " (to go on from it: --resume)" : "");
+    }
+}
+
+static int save_run(Outputs *out, Model *m, const Options *o, const int *x, const int *y,
+                    long step) {
+    double loss = forward_loss(m, x, y, o->batch_size, o->seq_len);
+    int finite = 1;
+    for (int set = 0; set < 3; set++)
+        for (size_t i = 0; i < m->n_params; i++) finite &= !!isfinite(set_of(m, set)[i]);
+    if (!finite || !isfinite(loss))
+        fail(1, "step %ld: %s after it; not saved (a lower --learning-rate may help)", step,
+             finite ? "the loss is no number" : "weights or moments are infinite");
+    if (out->log) fsync(fileno(out->log));  // after a crash it has at least the checkpoint's steps
+    return checkpoint_save(m, o->save, step, out->settings, NAN);
+}
+
+static void save_best(Outputs *out, const Model *m, const Options *o) {
+    if (!checkpoint_save(m, o->save_best, out->best_step, NULL, out->best)) out->failed = 1;
 }
 
 // --- Options
@@ -3243,27 +3585,29 @@ static Options opt = {  // [ATTENTION 1]
     .config = {.attention = -1, .position = -1, .latent_norm = -1, .L = -1, .NH = -1, .NKV = -1,
                .C = -1, .block_size = -1, .V = -1, .RQ = -1, .R = -1, .RD = -1, .NOPE = -1},
     .batch_size = -1, .seq_len = -1, .grad_accum = 1, .grad_clip = 1, .seed = 1337,
-    .schedule = {.kind = COSINE, .steps = 4000, .warmup = -1, .peak = 4e-3, .floor = -1},
+    .schedule = {.kind = COSINE, .steps = -1, .warmup = -1, .peak = 4e-3, .floor = -1},
     .adam = {.beta1 = 0.9, .beta2 = 0.99, .eps = 1e-8, .weight_decay = 0.1},
     .val_every = 500, .val_batches = 20, .sample_every = 1000,
     .generate = -1, .sampling = {.temperature = 0.8}, .cache = -1,
 };
 
-// Kinds of option: how its text becomes the value at `at`.
-enum { INT, LONG, DOUBLE, TEXT, CHOICE, FLAG };
+// Kinds of option: how its text becomes the value at `at`. And what an option is for: a heading
+// says it for those below it, unless they do themselves.
+enum { INT, LONG, DOUBLE, TEXT, TEXTS, CHOICE, FLAG };
+enum { TRAIN = 1, EVAL = 2, GENERATE = 4, ALL = 7 };
 
 typedef struct {
     const char *name, *help;     // no help: a heading
-    int kind;
+    int kind;                    // a heading: what its options are for
     void *at;
     double low, high;            // numbers
     const char *const *choices;
-    int given;
+    int modes, given;
 } Option;
 
 #pragma GCC diagnostic ignored "-Wmissing-field-initializers"  // rows end where they can
 static Option options[] = {  // [ATTENTION 1]
-    {"model"},
+    {"model", NULL, ALL},
     {"--attention", "mla, mha, gqa or mqa (mla)",
      CHOICE, &opt.config.attention, 0, 0, attention_names},
     {"--position", "learned, rope or decoupled (decoupled for mla, else rope)",
@@ -3285,21 +3629,21 @@ static Option options[] = {  // [ATTENTION 1]
      CHOICE, &opt.config.latent_norm, 0, 0, norm_names},
     {"--vocab-size", "tokens known (the tokenizer's; 256; 50257 for tokens above 255)",
      INT, &opt.config.V, 2, 65536},
-    {"data"},
+    {"data", NULL, TRAIN | EVAL},
     {"--train-data", "token file, or text, read as bytes (data/tinyshakespeare_train.bin)",
      TEXT, &opt.train_data},
     {"--val-data", "the same for validation (the default's: data/tinyshakespeare_val.bin)",
      TEXT, &opt.val_data},
     {"--tokenizer", "its file (X_tokenizer.bin beside X_train.bin or X_val.bin; else bytes)",
-     TEXT, &opt.tokenizer},
+     TEXT, &opt.tokenizer, .modes = ALL},
     {"--order", "batches at random or sequential places (random)",
-     CHOICE, &opt.order, 0, 0, order_names},
-    {"training"},
+     CHOICE, &opt.order, 0, 0, order_names, TRAIN},
+    {"training", NULL, TRAIN},
     {"--batch-size", "sequences in a micro-batch (8); or to generate side by side (1)",
-     INT, &opt.batch_size, 1, 65536},
+     INT, &opt.batch_size, 1, 65536, .modes = ALL},
     {"--seq-len", "tokens in a sequence; a new model's block size (128; a loaded model's)",
-     INT, &opt.seq_len, 1, 1 << 24},
-    {"--steps", "updates; 0 with --save writes the initial model (4000)",
+     INT, &opt.seq_len, 1, 1 << 24, .modes = TRAIN | EVAL},
+    {"--steps", "updates; 0 with --save writes the initial model (4000; own text: 1500)",
      LONG, &opt.schedule.steps, 0, 1e12},
     {"--grad-accum", "micro-batches per update (1)", INT, &opt.grad_accum, 1, 65536},
     {"--learning-rate", "its peak (4e-3)", DOUBLE, &opt.schedule.peak, 0, 1e3},
@@ -3315,8 +3659,10 @@ static Option options[] = {  // [ATTENTION 1]
     {"--grad-clip", "largest gradient norm, 0 for no limit (1)", DOUBLE, &opt.grad_clip, 0, 1e9},
     {"--dropout", "probability, on embedding, attention and MLP outputs (0)",
      DOUBLE, &opt.dropout, 0, 0.99},
-    {"--seed", "of all randomness (1337)", LONG, &opt.seed, 0, 9e15},
-    {"reports"},
+    {"--seed", "of all randomness (1337)", LONG, &opt.seed, 0, 9e15, .modes = TRAIN | GENERATE},
+    {"reports", NULL, TRAIN},
+    {"--print-every", "steps between lines (in a file or pipe: a hundredth of all; terminal: last)",
+     LONG, &opt.print_every, 1, 1e12},
     {"--val-every", "steps between validations, 0 for only the last (500)",
      INT, &opt.val_every, 0, INT_MAX},
     {"--val-batches", "batches in each; 0, and after the last step: all data (20)",
@@ -3324,26 +3670,36 @@ static Option options[] = {  // [ATTENTION 1]
     {"--sample-every", "steps between samples, 0 for none (1000)",
      INT, &opt.sample_every, 0, INT_MAX},
     {"--log", "CSV file of every step", TEXT, &opt.log},
-    {"files"},
+    {"files", NULL, TRAIN},
     {"--save", "checkpoint to write at the end, and when interrupted (safetensors)",
      TEXT, &opt.save},
     {"--save-every", "steps between further saves to it, 0 for none (0)",
      LONG, &opt.save_every, 0, 1e12},
+    {"--save-best", "checkpoint of the lowest validation loss: its model, not the run's state",
+     TEXT, &opt.save_best},
     {"--resume", "go on from --save FILE, which a run with the same options left",
      FLAG, &opt.resume},
-    {"--load", "checkpoint to start from", TEXT, &opt.load},
-    {"modes (default: train)"},
+    {"--load", "checkpoint to start from", TEXT, &opt.load, .modes = ALL},
+    {"modes (default: train)", NULL, ALL},
     {"--eval", "loss of the model --load over all validation data", FLAG, &opt.eval},
     {"--generate", "tokens to make with the model --load; with the prompt, its block size and one",
      INT, &opt.generate, 0, 1 << 24},
+    {"--help", "this text", FLAG, &opt.help},
+    {"generation", NULL, GENERATE},
     {"--prompt", "its text (empty: starts as a line does, after a newline)", TEXT, &opt.prompt},
+    {"--prompt-file", "a file that has it, - for standard input", TEXT, &opt.prompt_file},
     {"--temperature", "of samples; 0 takes the likeliest token (0.8)",
-     DOUBLE, &opt.sampling.temperature, 0, 1e3},
+     DOUBLE, &opt.sampling.temperature, 0, 1e3, .modes = TRAIN | GENERATE},
     {"--top-k", "samples come from that many likeliest tokens, 0 for all (0)",
-     INT, &opt.sampling.top_k, 0, 65536},
+     INT, &opt.sampling.top_k, 0, 65536, .modes = TRAIN | GENERATE},
+    {"--top-p", "and from the likeliest that have this probability between them (1: all)",
+     DOUBLE, &opt.sampling.top_p, 1e-6, 1, .modes = TRAIN | GENERATE},
+    {"--repetition-penalty", "tokens seen already are that much less likely (1: not)",
+     DOUBLE, &opt.sampling.repetition_penalty, 1e-3, 1e3, .modes = TRAIN | GENERATE},
+    {"--stop", "a text that ends a sequence; may be given several times",
+     TEXTS, &opt.sampling.stop},
     {"--cache", "mla: full, latent or absorbed (the smallest of full and absorbed)",
      CHOICE, &opt.cache, 0, 0, cache_names},
-    {"--help", "this text", FLAG, &opt.help},
 };
 enum { N_OPTIONS = sizeof options / sizeof *options };
 
@@ -3351,7 +3707,7 @@ static void print_help(void) {
     printf("usage: ./train_gpt2_mla [options]            defaults in parentheses\n");
     for (Option *o = options; o < options + N_OPTIONS; o++) {
         if (!o->help) printf("%s\n", o->name);
-        else printf("  %-16s %s\n", o->name, o->help);
+        else printf("  %-20s %s\n", o->name, o->help);
     }
 }
 
@@ -3361,6 +3717,12 @@ static void option_set(Option *o, const char *text) {
     if (o->kind == TEXT) {
         if (!*text && o->at != &opt.prompt) fail(2, "%s: empty, expected a file name", o->name);
         *(const char **)o->at = text;
+    } else if (o->kind == TEXTS) {
+        Sampling *how = &opt.sampling;
+        int most = sizeof how->stop / sizeof *how->stop;
+        if (!*text) fail(2, "%s: empty, expected a text", o->name);
+        if (how->n_stop == most) fail(2, "%s: expected at most %d", o->name, most);
+        how->stop[how->n_stop++] = text;
     } else if (o->kind == CHOICE) {
         int i = 0;
         char expected[80] = "";
@@ -3379,14 +3741,20 @@ static void option_set(Option *o, const char *text) {
     }
 }
 
+// --name value, or --name=value.
 static void parse_options(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         Option *o = options;
         if (!strcmp(argv[i], "-h")) argv[i] = "--help";
-        while (o < options + N_OPTIONS && (!o->help || strcmp(o->name, argv[i]))) o++;
+        size_t length = strcspn(argv[i], "=");
+        const char *value = argv[i][length] ? argv[i] + length + 1 : NULL;
+        while (o < options + N_OPTIONS && (!o->help || strncmp(o->name, argv[i], length) ||
+                                           o->name[length])) o++;
         if (o == options + N_OPTIONS) fail(2, "%s: no such option; --help lists them", argv[i]);
-        if (o->given++) fail(2, "%s: given twice", o->name);
+        if (o->given++ && o->kind != TEXTS) fail(2, "%s: given twice", o->name);
+        if (o->kind == FLAG && value) fail(2, "%s: '%s', expected no value", o->name, value);
         if (o->kind == FLAG) *(int *)o->at = 1;
+        else if (value) option_set(o, value);
         else if (++i == argc || (o->at != &opt.prompt && !strncmp(argv[i], "--", 2)))
             fail(2, "%s: its value is missing", o->name);
         else option_set(o, argv[i]);
@@ -3395,28 +3763,37 @@ static void parse_options(int argc, char **argv) {
 
 static int generating(void) { return opt.generate >= 0; }
 static int training(void) { return !opt.eval && !generating(); }
-static int updating(void) { return training() && opt.schedule.steps > 0; }
+static int updating(void) { return training() && opt.schedule.steps != 0; }
+
+// What would be ignored is refused.
+static void check_modes(void) {
+    int mode = opt.eval ? EVAL : generating() ? GENERATE : TRAIN, modes = 0;
+    for (Option *o = options; o < options + N_OPTIONS; o++) {
+        if (!o->help) modes = o->kind;
+        else if (o->given && !((o->modes ? o->modes : modes) & mode))
+            fail(2, training() ? "%s: expected --generate N too" : "%s: not with %s", o->name,
+                 opt.eval ? "--eval" : "--generate");
+    }
+}
 
 // Refuses what contradicts itself, and fills in defaults that need neither data nor model.
 static void check_options(void) {
-    Schedule *s = &opt.schedule;
     if (!training() && !opt.load)
         fail(2, "%s: expected --load FILE too", opt.eval ? "--eval" : "--generate");
     if (opt.eval && generating()) fail(2, "--eval and --generate: expected one of them");
-    if (opt.prompt && !generating()) fail(2, "--prompt: expected --generate N too");
+    check_modes();
+    if (opt.prompt && opt.prompt_file) fail(2, "--prompt and --prompt-file: expected one of them");
     if (training() && opt.val_data && !opt.train_data)
         fail(2, "--val-data: expected --train-data FILE too");
+    if (opt.save_best && !opt.val_data && opt.train_data)
+        fail(2, "--save-best: expected --val-data FILE too");
     if (opt.resume && (!training() || !opt.save || opt.load))
         fail(2, "--resume: expected --save FILE, the run to go on with, and no --load");
     if (opt.save_every && !opt.save) fail(2, "--save-every: expected --save FILE too");
-    if (opt.save && opt.log && !strcmp(opt.save, opt.log))
-        fail(2, "--log %s: the same file as --save", opt.log);
+    opt.save = link_target(opt.save), opt.save_best = link_target(opt.save_best);
+    opt.log = link_target(opt.log);
     if (opt.eval && opt.train_data && !opt.val_data)
         fail(2, "--eval: expected --val-data FILE too");
-    if (s->floor < 0) s->floor = s->peak / 10;
-    if (s->floor > s->peak)
-        fail(2, "--min-lr %g: expected at most the learning rate, %g", s->floor, s->peak);
-    if (s->warmup < 0) s->warmup = s->kind == CONSTANT ? 0 : (s->steps + 19) / 20;
     if (opt.batch_size == -1) opt.batch_size = generating() ? 1 : 8;
 }
 
@@ -3428,6 +3805,16 @@ typedef struct {
     int named;              // whether the command line names the tokenizer
     int own_text, prepared; // whether data is this program's own text, or the prepared default
 } Inputs;
+
+// More of them only learn this program's own text by heart.
+static void check_schedule(const Inputs *in) {
+    Schedule *s = &opt.schedule;
+    if (s->steps < 0) s->steps = in->own_text ? 1500 : 4000;
+    if (s->floor < 0) s->floor = s->peak / 10;
+    if (s->floor > s->peak)
+        fail(2, "--min-lr %g: expected at most the learning rate, %g", s->floor, s->peak);
+    if (s->warmup < 0) s->warmup = s->kind == CONSTANT ? 0 : (s->steps + 19) / 20;
+}
 
 // X_tokenizer.bin, if there is one, for data named X_train.bin or X_val.bin; else NULL.
 static const char *tokenizer_beside(const char *data) {
@@ -3601,39 +3988,45 @@ static void print_inputs(const Inputs *in, const Model *m) {
     if (in->own_text)
         printf("No data prepared: taking this program's own text, byte by byte. "
                "For Shakespeare: make shakespeare\n");
-    print_model(m, opt.cache);
+    print_model(stdout, m, cache_mode(&m->c));
+    print_kept(&opt);
     if (!opt.eval && !updating()) return;
-    printf("%ld tokens of %s, %d threads%s\n", d->n, d->path, omp_get_max_threads(),
-           updating() && !in->val.n ? "; no validation without --val-data" : "");
+    printf("%ld tokens of %s, %d threads%s%s\n", d->n, d->path, omp_get_max_threads(),
+           opt.eval ? "" : in->val.n ? "; validation on " : "; no validation without --val-data",
+           opt.eval || !in->val.n ? "" : in->val.path);
 }
 
 #ifndef TESTING
 int main(int argc, char **argv) {
+    for (int fd = 0; fd < 3; fd++)  // one that was closed must not become that of a file
+        if (fcntl(fd, F_GETFD) == -1 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd) return 1;
     parse_options(argc, argv);
     if (opt.help) return print_help(), 0;
     check_options();
     long done = 0;
     int status = 0;
     Inputs in = open_inputs();
+    check_schedule(&in);
     Model *m = open_model(&in, &done);
     check_inputs(&in, m);
     if (!generating()) model_reserve(m, opt.batch_size, opt.seq_len, updating());
-    FILE *log = training() ? open_outputs(&opt, m, settings(&in.train), done) : NULL;
-    print_inputs(&in, m);
+    Outputs out = {0};
+    if (training()) out = open_outputs(&opt, m, settings(&in.train), done);
+    if (!generating()) print_inputs(&in, m);
 
     if (generating()) generate_command(m, &opt, &in.tokenizer);
     else if (opt.eval) {
         Evaluation e = evaluate(m, &in.val, &in.tokenizer, opt.batch_size, opt.seq_len, 0);
         print_evaluation(&e);
+        if (!isfinite(e.loss)) fail(1, "%s: its loss is no number", opt.load);
     } else if (updating()) {
         m->dropout = opt.dropout;
-        status = train(m, &opt, &in.train, in.val.n ? &in.val : NULL, &in.tokenizer, log,
-                       settings(&in.train), done);
+        status = train(m, &opt, &in.train, in.val.n ? &in.val : NULL, &in.tokenizer, &out, done);
     } else if (opt.save) {
-        checkpoint_save(m, opt.save, 0, NULL);
-        printf("saved %s\n", opt.save);
+        status = !checkpoint_save(m, opt.save, 0, NULL, NAN);
+        if (!status) printf("saved %s\n", opt.save);
     }
-    if (fflush(stdout) || ferror(stdout))
+    if ((fflush(stdout) || ferror(stdout)) && !status)
         fail(1, "standard output: cannot write: %s", strerror(errno));
     model_free(m), tokenizer_free(&in.tokenizer), free(in.train.tokens), free(in.val.tokens);
     return status;

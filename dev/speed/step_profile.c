@@ -192,7 +192,7 @@ int main(int argc, char **argv) {
         w.in[i] = w.out[i] = (real)(1e-3 * random_normal(2, i % 1000));
     double whole = time_of(step, &w);  // leaves true activations and gradients behind, too
     peak = multiply_add_peak(), bandwidth = read_bandwidth();
-    print_model(m, opt.cache);
+    print_model(stdout, m, cache_mode(&m->c));
     printf("%d x %d tokens, %d threads, multiply-add peak %.0f GFLOP/s, memory %.1f GB/s\n\n", B, T,
            omp_get_max_threads(), peak, bandwidth);
     printf("| %-40s |   x |       ms |    GFLOP | limit ms | reached |\n"

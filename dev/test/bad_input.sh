@@ -87,6 +87,24 @@ row 2 '--generate: expected --load FILE too' --generate 5
 row 2 '--eval and --generate: expected one of them' --eval --generate 5 --load model
 row 1 'no data: run this in the repository, run `make shakespeare` first, or name a text with --train-data (--eval: --val-data) FILE' --eval --load model
 row 2 '--prompt: expected --generate N too' --prompt hello
+row 2 '--layer=3: no such option; --help lists them' --layer=3
+row 2 "--layers: '', expected a whole number from 1 to 1000" --layers=
+row 2 "--resume: '1', expected no value" --resume=1
+row 2 '--layers: given twice' --layers=3 --layers 3
+
+# What a mode would ignore
+
+for option in save log learning-rate steps save-best print-every val-every resume; do
+    value=1; [ $option = resume ] && value=
+    row 2 "--$option: not with --generate" --load model --generate 2 --$option $value
+    row 2 "--$option: not with --eval" --load model --eval --val-data text --$option $value
+done
+row 2 '--val-data: not with --generate' --load model --generate 2 --val-data text
+row 2 '--temperature: not with --eval' --load model --eval --val-data text --temperature 1
+row 2 '--seed: not with --eval' --load model --eval --val-data text --seed 1
+row 2 '--cache: expected --generate N too' $tiny --train-data text --cache full
+row 2 '--stop: expected --generate N too' $tiny --train-data text --stop x
+row 2 '--save-best: expected --val-data FILE too' $tiny --train-data text --save-best best
 row 2 '--val-data: expected --train-data FILE too' --val-data text
 row 2 '--save-every: expected --save FILE too' --save-every 5
 row 2 '--resume: expected --save FILE, the run to go on with, and no --load' --resume
@@ -166,7 +184,7 @@ row 1 'tok.long: 1 bytes after its last token' $tiny --train-data text --tokeniz
 { header 20240328 2 2 0; printf '\001a\001b'; } >tok
 row 1 "text: token 117, expected less than the model's vocabulary, 2: made with another tokenizer?" $tiny --train-data text --tokenizer tok
 begun=1
-row 2 '--prompt: byte 99 at place 2 is not in the vocabulary' --load model --generate 2 --tokenizer tok --prompt abc
+row 2 'prompt: byte 99 at place 2 is not in the vocabulary' --load model --generate 2 --tokenizer tok --prompt abc
 begun=
 $RUN "$program" $tiny --steps 0 --vocab-size 2 --save two >out
 for V in 128 300; do $RUN "$program" $tiny --steps 0 --vocab-size $V --save m$V >out; done
@@ -196,7 +214,7 @@ done
 holds "a model of 128 bytes generates" $RUN "$program" --load m128 --generate 5 --prompt To
 holds "one of 2, from the last of them" $RUN "$program" --load two --generate 5
 begun=1
-row 2 '--prompt: byte 195 at place 2 is not in the vocabulary' --load m128 --generate 5 --prompt 'a é'
+row 2 'prompt: byte 195 at place 2 is not in the vocabulary' --load m128 --generate 5 --prompt 'a é'
 begun=
 
 # Samples start as a line does, whatever token ends a text
@@ -207,8 +225,12 @@ abcd='\0\0\1\0\2\0\3\0\4\0'
 $RUN "$program" $tiny --train-data line_train.bin --steps 150 --sample-every 150 --temperature 0 \
     --save line >out
 holds "a sample starts as a line does" [ "$(sed '1,/^step 150/d' out | sed 1q)" = abcd ]
-$RUN "$program" --load line --tokenizer line_tokenizer.bin --generate 8 --temperature 0 >out
-holds "a text starts as a line does" [ "$(sed -n 3p out)" = abcd ]
+$RUN "$program" --load line --tokenizer line_tokenizer.bin --generate 8 --temperature 0 >out 2>err
+holds "a text starts as a line does" [ "$(sed 1q out)" = abcd ]
+{ header 20240520 1 500; for i in $(seq 100); do printf '\0\0\1\0\2\0\3\0\5\0'; done; } >end_train.bin
+$RUN "$program" $tiny --train-data end_train.bin --vocab-size 6 --steps 150 --sample-every 0 --save end >out
+$RUN "$program" --load end --tokenizer line_tokenizer.bin --generate 7 --temperature 0 --prompt a >out 2>err
+holds "end-of-text ends a text, and is not printed" [ "$(cat out)" = abcd ]
 
 # Checkpoints
 
@@ -319,9 +341,18 @@ row 1 'no.moments: has no tensor adam.v.wte.weight, which its configuration need
 # Generating
 
 row 2 '--cache absorbed: attention mha has no latent, expected --cache full' --load model --generate 2 --cache absorbed
-begun=1
 row 2 "--prompt: 9 tokens, expected at most the model's block size, 8" --load model --generate 2 --prompt 'nine char'
-begun=
+printf 'nine char' >nine
+row 2 "--prompt-file: 9 tokens, expected at most the model's block size, 8" --load model --generate 2 --prompt-file nine
+head -c 9000 /dev/zero | tr '\0' a >long
+row 2 "--prompt-file: 9000 tokens, expected at most the model's block size, 8" --load model --generate 2 --prompt-file long
+row 1 '--prompt-file missing: cannot open: No such file or directory' --load model --generate 2 --prompt-file missing
+row 1 '--prompt-file .: cannot read: Is a directory' --load model --generate 2 --prompt-file .
+row 2 '--prompt and --prompt-file: expected one of them' --load model --generate 2 --prompt-file nine --prompt n
+row 2 '--stop: empty, expected a text' --load model --generate 2 --stop ''
+row 2 '--stop: expected at most 8' --load model --generate 2 --stop 1 --stop 2 --stop 3 --stop 4 --stop 5 --stop 6 --stop 7 --stop 8 --stop 9
+row 2 "--top-p: '0', expected a number from 1e-06 to 1" --load model --generate 2 --top-p 0
+row 2 "--repetition-penalty: '0', expected a number from 0.001 to 1000" --load model --generate 2 --repetition-penalty 0
 
 # Writing
 
@@ -341,8 +372,9 @@ echo '# train_gpt2_mla' >text.md
 row 1 'text: exists and is no checkpoint of this program; will not replace it' $trained --log log.csv --save text
 holds "a log that was there is as it was" cmp log.csv log.before
 holds "a log of this program is replaced" $RUN "$program" $trained --log log.csv
-row 2 '--log both: the same file as --save' $trained --log both --save both
-row 1 './x: exists and is no checkpoint of this program; will not replace it' $trained --log x --save ./x
+row 2 '--save both: the same file as --log' $trained --log both --save both
+row 2 '--save ./x: the same file as --log' $trained --log x --save ./x
+row 2 '--save-best z: the same file as --save' $trained --save z --save-best z --val-data text
 row 1 'y.tmp: exists and is no checkpoint of this program; will not replace it' $trained --log y.tmp --save y
 cp text new.tmp
 row 1 'new.tmp: exists and is no checkpoint of this program; will not replace it' $trained --save new
@@ -350,54 +382,19 @@ echo note > new.tmp  # too short to tell
 row 1 'new.tmp: exists and is no checkpoint of this program; will not replace it' $trained --save new
 row 1 'model: exists and is no log of this program; will not replace it' $trained --log model
 
-# Training that runs away. The checkpoint of the last good step stays, and opens.
+# A log begins with what was run; one of earlier versions goes on as it is.
 
-$RUN "$program" $tiny --train-data text --learning-rate 1000 --weight-decay 1000 --schedule constant --grad-clip 0 \
-    --steps 50 --sample-every 0 --save wild --save-every 1 >out 2>err
-holds "loss is NaN: exit status" [ $? = 1 ]
-holds "loss is NaN: line" grep -Eqx "train_gpt2_mla: step [0-9]+: loss (nan|inf|[0-9.]+), gradient norm -?(nan|inf) at learning rate 1000; stopped, and not saved \(a lower --learning-rate may help\)" err
-holds "loss is NaN: one line" [ "$(wc -l <err)" -eq 1 ]
-holds "loss is NaN: last good checkpoint" $RUN "$program" --load wild --eval --val-data text
-
-# Signals: the step at hand is finished and saved. (That a resumed run ends like one that was left alone is
-# dev/test/kill_and_resume.py's subject.)
-
-endless="$tiny --train-data text --steps 1000000 --sample-every 0 --save stopped --log stopped.csv"
-until_stopped() {  # $1: the signal; then more options
-    signal=$1; shift
-    rm -f out
-    $RUN "$program" $endless "$@" >out 2>err &
-    until grep -qs '^step' out || ! kill -0 $!; do :; done
-    kill -s "$signal" $!
-    wait $!
-    found=$?
-    holds "signal: exit status" [ $found = $([ "$signal" = INT ] && echo 130 || echo 143) ]
-    step=$(sed -n 's/^stopped by signal [0-9]* after step \([0-9]*\); the same command with --resume goes on from there$/\1/p' out)
-    holds "signal: the checkpoint is of the step named" grep -aq "\"step\":\"$step\"" stopped
-    holds "signal: the log has one row a step, to that one" \
-        awk -F, -v step="$step" '/^#/ { next } $1 != (n++ ? n - 1 : "step") { bad = 1 } END { exit bad || n - 1 != step }' stopped.csv
-}
-until_stopped INT
+$RUN "$program" $trained --save stopped --log stopped.csv >out
 settings=$(grep -ao '"settings":"[^"]*"' stopped | sed 's/.*:"//; s/"$//')
 holds "log: begins with what was run" grep -qx "# settings: $settings" stopped.csv
 holds "log: begins with the configuration" grep -q '^# configuration: attention mha, position rope, n_layer 1, ' stopped.csv
 holds "log: begins with the parameters" grep -Eqx '# parameters: [1-9][0-9]+' stopped.csv
-grep -v '^#' stopped.csv >older.csv && cp older.csv stopped.csv  # as earlier versions began it
+grep -v '^#' stopped.csv >older.csv && cp older.csv stopped.csv
+step=$(grep -ao '"step":"[0-9]*"' stopped | tr -dc 0-9)
 printf '%d,rows of steps,that the checkpoint,does not know\n%d,' $((step + 1)) $((step + 2)) >>stopped.csv
-until_stopped TERM --resume
-holds "signal: the checkpoint opens" $RUN "$program" --load stopped --eval --val-data text
-holds "an older log goes on as it is" cmp -s older.csv - <<END
-$(head -n "$(wc -l <older.csv)" stopped.csv)
-END
+$RUN "$program" $trained --save stopped --log stopped.csv --resume >out
+holds "an older log goes on as it is" cmp older.csv stopped.csv
 row 1 'text.md: exists and is no log of this program; will not replace it' $trained --log text.md
-rm stopped stopped.csv
-rm out
-$RUN "$program" $tiny --train-data text --steps 9 --grad-accum 65536 --save stopped >out 2>err &  # steps without end
-until grep -qs threads out || ! kill -0 $!; do sleep 0.1; done
-kill -s TERM $!; sleep 0.3; kill -s TERM $!
-wait $!
-holds "second signal: ends at once" [ $? = 143 ]
-holds "second signal: nothing saved" [ ! -e stopped ]
 
 if [ -c /dev/full ]; then
     $RUN "$program" --load model --generate 3 >/dev/full 2>err

@@ -1,0 +1,236 @@
+#!/bin/sh
+# What can happen to a run and its files: signals, readers that end, two runs at once, a forgotten
+# --resume, disks and limits, numbers that overflow. No run is lost by it, and no file. Then what
+# generation prints, and where. Part of `make test`, or alone:
+#     sh dev/test/runs.sh            with ./train_gpt2_mla, started by the command in $RUN if set
+# The last line is `N passed, M failed`.
+export LC_ALL=C ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1
+program=$PWD/train_gpt2_mla
+source=$PWD/train_gpt2_mla.c
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
+cd "$work" || exit 1
+passed=0 failed=0
+
+holds() {  # what, then a command that must succeed
+    what=$1; shift
+    if "$@" >said 2>&1; then passed=$((passed + 1)); return; fi
+    failed=$((failed + 1)); echo "FAILED runs: $what: $*"; sed 's/^/    /' said | head -n 5
+}
+
+run() { $RUN "$program" "$@"; }
+says() { grep -q -e "$2" "$1"; }
+lacks() { ! grep -q -e "$2" "$1"; }
+step_in() { grep -ao '"step":"[0-9]*"' "$1" | head -n 1 | tr -dc 0-9; }
+opens() { run --eval --load "$1" --val-data text; }
+
+printf 'To be, or not to be, that is the question.\n' >text
+tiny='--attention mha --layers 1 --heads 2 --channels 8 --seq-len 8 --train-data text --sample-every 0'
+endless="$tiny --steps 100000000"
+
+begin() {  # starts a run in the background, and waits for its first step; $started is its process
+    rm -f out
+    $RUN "$program" "$@" >out 2>err & started=$!
+    until grep -qs '^step' out || ! kill -0 $started 2>/dev/null; do :; done
+}
+ends() {  # the status of the run in the background
+    wait $started
+    found=$?
+    [ $found = "$1" ] || { echo "exit status $found"; cat err; false; }
+}
+
+# --- Signals. All that announce an end save; two that come together are one.
+
+for signal in 1 2 10 12 15 24 25; do
+    rm -f m m.csv
+    begin $endless --save m --log m.csv
+    kill -s $signal $started
+    holds "signal $signal: exit status" ends $((128 + signal))
+    step=$(sed -n "s/^stopped by signal $signal (.*) after step \([0-9]*\); the same.*/\1/p" out)
+    holds "signal $signal: saved" [ "$(step_in m)" = "$step" ]
+    holds "signal $signal: a row a step" [ "$(grep -c '^[0-9]' m.csv)" = "$step" ]
+    holds "signal $signal: said at once" says err '^train_gpt2_mla: stopping after this step; again'
+done
+holds "no file is left behind" [ "$(echo m*)" = "m m.csv" ]
+rm m; begin $endless --save m; kill $started; kill $started; kill $started
+holds "a signal that comes twice is one: exit status" ends 143
+holds "a signal that comes twice is one: saved" opens m
+
+# Validation without end: a second signal, a second later, ends at once; the first cuts it short.
+for i in 1 2 3 4 5 6 7 8 9 10; do cat text text >more; cat more >>long; mv more text; done
+head -c 43 text >short; mv short text
+rm m; begin $tiny --steps 1000000 --val-data long --val-every 1 --batch-size 1 --save m
+kill $started
+holds "validation is cut short: exit status" ends 143
+holds "validation is cut short: saved" opens m
+rm m out
+$RUN "$program" $tiny --steps 9 --grad-accum 65536 --save m >out 2>err & started=$!  # steps without end
+until grep -qs threads out || ! kill -0 $started; do sleep 0.1; done
+sleep 0.3; kill $started; sleep 1.2; kill $started
+holds "a second signal a second later: exit status" ends 143
+holds "a second signal a second later: unsaved" [ ! -e m ]
+
+# --- A reader of standard output that ends, or is not there
+
+mkfifo pipe
+head -n 1 pipe >line & reader=$!
+$RUN "$program" $endless --save m >pipe 2>err & started=$!
+wait $reader; sleep 0.3; kill -s INT $started
+holds "no reader, then a signal: exit status" ends 130
+holds "no reader, then a signal: saved" opens m
+holds "no reader: said once" [ "$(grep -c 'standard output: cannot write: .*; the run goes on$' err)" = 1 ]
+rm m; { run $tiny --steps 300 --save m; echo $? >status; } 2>err | head -n 1 >line
+holds "a reader that ends: the run goes on" [ "$(step_in m)" = 300 ]
+holds "a reader that ends: exit status" [ "$(cat status)" = 1 ]
+rm m m.csv; run $tiny --steps 3 --save m --log m.csv >&- 2>&- <&-
+holds "all closed: the log has rows only" [ "$(grep -vc '^#' m.csv)" = 4 ]
+holds "all closed: saved" opens m
+
+# --- Two runs, one file. A run that was killed is in nobody's way.
+
+rm m m.csv; begin $endless --save m --save-every 9 --log m.csv --val-data text --save-best b; until [ -e m ]; do :; done
+first=$started
+taken() {  # file, options
+    file=$1; shift
+    run $endless --val-data text "$@" >out 2>err2
+    [ $? = 1 ] && says err2 "^train_gpt2_mla: $file: process [0-9]* is writing it; end that, or name another file$" && [ ! -s out ]
+}
+holds "two runs: --save" taken m --save m
+holds "two runs: --save by another name" taken ./m --save ./m
+holds "two runs: --log" taken m.csv --log m.csv
+holds "two runs: --save-best" taken b --save-best b
+holds "two runs: --resume" taken m --save m --resume --save-best c
+kill -s KILL $first; wait $first 2>/dev/null
+holds "a killed run: the next begins" run $tiny --steps 1 --save m --log m.csv
+holds "a killed run: its lock goes with the next" [ ! -e m.lock -a ! -e m.csv.lock ]
+
+# --- A forgotten --resume
+
+rm -f m* b*
+run $tiny --steps 20 --save m --log m.csv >out
+run $tiny --steps 5 --save m --log m.csv >out
+holds "without --resume: said" says out '^m: holds step 20; the first save keeps it as m.old (to go on from it: --resume)$'
+holds "without --resume: the old one is kept" [ "$(step_in m.old)" = 20 -a "$(step_in m)" = 5 ]
+holds "without --resume: said of the log" says out '^m.csv: exists; this run keeps it as m.csv.old$'
+holds "without --resume: the old log is kept" [ "$(tail -n 1 m.csv.old | cut -d, -f1)" = 20 ]
+run $tiny --steps 4 --save m >out
+holds "without --resume again: nothing is lost" [ "$(step_in m.old) $(step_in m.old2) $(step_in m)" = "20 5 4" ]
+run $tiny --steps 9 --save m >out; kept=$(step_in m.old3)
+run $tiny --steps 9 --save m --resume >out
+holds "with --resume nothing is put aside" [ "$kept" = 4 -a ! -e m.old4 ]
+rm -f m*; begin $endless --save m --log m.csv; sleep 0.5; kill $started; wait $started
+begin $endless --save m --log m.csv --resume; kill $started; wait $started
+holds "--resume: the log's seconds go on" \
+    awk -F, '/^#|^step/ { next } $7 < last { bad = 1 } { last = $7 } END { exit bad || last < 0.5 }' m.csv
+
+# --- What the user has set
+
+rm -f m*; run $tiny --steps 1 --save m >out; chmod 444 m; cp m was
+run $tiny --steps 2 --save m >out 2>err
+holds "read-only: exit status" [ $? = 1 ]
+holds "read-only: line" says err '^train_gpt2_mla: m: exists and is read-only; will not replace it$'
+holds "read-only: as it was" cmp m was
+chmod 600 m; run $tiny --steps 2 --save m >out
+holds "mode 600 is kept" [ "$(ls -l m | cut -c1-10)" = -rw------- ]
+mkdir there; mv m there; ln -s there/m m; run $tiny --steps 3 --save m >out
+holds "a link stays one" [ -h m -a "$(step_in there/m)" = 3 ]
+ln -s nowhere/m dangling; run $tiny --steps 3 --save dangling >out 2>err
+holds "a link to nothing: line" says err '^train_gpt2_mla: dangling: a link that leads to no file: '
+
+# --- Disks and limits. The run outlives its log, and a save that fails.
+
+rm -f m m.* there/*
+( ulimit -f 128 && run $tiny --steps 1000000 --save m --log m.csv >out 2>err
+echo $? >status )
+if says err 'm.csv: cannot write: File too large; the run goes on without it'; then
+    holds "file-size limit: exit status" [ "$(cat status)" = 1 ]
+    holds "file-size limit: said" says out '^stopped by signal 25 (File size limit exceeded) after step '
+    holds "file-size limit: saved" opens m
+else holds "file-size limit (ulimit -f)" cat err; false; fi
+mkdir full
+cat >on_disk <<'END'
+mount -t tmpfs -o size=$1 disk full; shift
+"$@"; status=$?; cp full/* kept/ 2>/dev/null; exit $status
+END
+disk() { rm -rf kept; mkdir kept; unshare -rm sh on_disk "$@" >out 2>err; }
+if disk 40k true; then
+    disk 16k $RUN "$program" $tiny --steps 2000 --save m --log full/m.csv
+    holds "log's disk full: exit status" [ $? = 1 ]
+    holds "log's disk full: line" says err '^train_gpt2_mla: full/m.csv: cannot write: No space left on device; the run goes on without it$'
+    holds "log's disk full: saved, to the end" [ "$(step_in m)" = 2000 ]
+    disk 16k $RUN "$program" $tiny --steps 40 --save-every 5 --save full/m
+    holds "save's disk full: exit status" [ $? = 1 ]
+    holds "save's disk full: tried at each save" [ "$(grep -c '^train_gpt2_mla: full/m: not written: No space' err)" = 9 ]
+    holds "save's disk full: the run goes on" says out '^step 40/40'
+    holds "save's disk full: not called saved" lacks out '^saved'
+else echo "runs: not run: full disk (no right to mount one here)"; fi
+
+# --- Numbers that overflow
+
+wild="$tiny --learning-rate 1000 --weight-decay 1000 --schedule constant --grad-clip 0"
+rm -f m m.*; run $wild --steps 50 --save m --save-every 1 >out 2>err
+holds "overflow: exit status" [ $? = 1 ]
+holds "overflow: the last checkpoint has a loss" opens m
+holds "overflow: the last checkpoint can be resumed" says err ' not saved (a lower --learning-rate may help)$'
+run $wild --steps 50 --save m --save-every 1 --resume >out 2>err2
+holds "overflow: resumed, it ends as before" [ $? = 1 -a "$(cat err2)" = "$(cat err)" ]
+rm -f m*; run $tiny --steps 20 --save m >out; cp m was
+run $wild --steps 3 --val-data text --save m >out 2>err
+holds "overflow at the end: exit status" [ $? = 1 ]
+holds "overflow at the end: a good checkpoint is not replaced" cmp m was
+length=$(od -An -tu4 -N4 m | tr -d ' ') data=$(wc -c <m)
+{ head -c $((8 + length)) m; awk -v n=$(((data - 8 - length) / 4)) 'BEGIN { while (n--) printf "\377\377\177\177" }'; } >huge
+run --eval --load huge --val-data text >out 2>err
+holds "weights that overflow, --eval: exit status" [ $? = 1 ]
+holds "weights that overflow, --eval: line" says err '^train_gpt2_mla: huge: its loss is no number$'
+run --generate 3 --load huge >out 2>err
+holds "weights that overflow, --generate: exit status" [ $? = 1 ]
+holds "weights that overflow, --generate: line" says err "^train_gpt2_mla: the model's logits are no finite numbers"
+"${CC:-cc}" -Ofast -fsyntax-only -w "$source" 2>err
+holds "-Ofast is refused" says err 'use -O3'
+
+# --- What a run prints
+
+run $tiny --steps 4000 >out
+holds "in a file, some 100 lines" [ "$(grep -c '^step' out)" -ge 80 -a "$(grep -c '^step' out)" -le 120 ]
+holds "without --save: said" says out '^the model is gone: nothing is kept without --save FILE$'
+run $tiny --steps 20 --print-every 7 >out
+holds "--print-every" [ "$(sed -n 's/^step \([0-9]*\).*/\1/p' out | tr '\n' ' ')" = "1 7 14 20 " ]
+for columns in 40 60 80 100; do
+    script -qec "stty cols $columns; $RUN $program $tiny --steps 300 --learning-rate 1e-4" /dev/null </dev/null >typed 2>&1 || break
+    tr '\r' '\n' <typed | sed 's/\x1b\[K//g' | awk -v n=$columns '/^step/ && length($0) >= n { bad = 1 } END { exit bad }'
+    holds "a terminal of $columns columns: lines fit" [ $? = 0 ]
+    holds "a terminal of $columns columns: one line" [ "$(grep -c 'step 299/300' typed)" -le 1 -a "$(grep -c '^.*step' typed)" -le 3 ]
+done
+run $tiny --steps 60 --val-data text --val-every 10 --save-best b --learning-rate 0.02 >out
+best=$(sed -n 's/^val .* loss \([0-9.]*\) .*/\1/p' out | sort -n | head -n 1)
+holds "lowest validation loss: said" says out "^lowest validation loss $(printf %.4f "$best"), after step [0-9]*: saved b$"
+holds "--save-best: its loss" [ "$(opens b | sed -n 's/^loss \([0-9.]*\) .*/\1/p')" = "$best" ]
+rm -f m* b*; begin $endless --val-data text --val-every 5 --save m --save-best b
+until [ -e b ]; do :; done; kill $started; wait $started; cp b before
+begin $endless --val-data text --val-every 5 --save m --save-best b --resume; kill $started; wait $started
+best=$(grep -ao '"val_loss":"[0-9.]*"' before | tr -dc 0-9.) now=$(grep -ao '"val_loss":"[0-9.]*"' b | tr -dc 0-9.)
+holds "--save-best goes on from the best there is" awk "BEGIN { exit !($now <= $best) }"
+
+# --- Generation
+
+run $tiny --steps 3000 --learning-rate 0.02 --save m >out
+generate() { run --load m --generate 8 --temperature 0 "$@" 2>err; }
+generate --prompt 'To' >out
+holds "only the text is on standard output" [ "$(cat out)" = "To be, or" ]
+holds "the report is on standard error" says err '^prompt 2 tokens x 1'
+printf 'To' >prompt
+holds "--prompt-file" [ "$(generate --prompt-file prompt)" = "To be, or" ]
+holds "--prompt-file -" [ "$(generate --prompt-file - <prompt)" = "To be, or" ]
+holds "--stop" [ "$(generate --prompt To --stop 'e, or' --stop ', o')" = "To be, o" ]
+holds "--stop, each sequence by itself" [ "$(generate --prompt To --batch-size 2 --stop 'e,' | tr '\n' '|')" = "To be,|To be,|" ]
+holds "--top-p" [ "$(run --load m --generate 8 --temperature 5 --top-p 0.000001 --prompt To 2>err)" = "To be, or" ]
+no_letter_twice() { run --load m --generate 3 --repetition-penalty 1000 --temperature 0 --prompt "$1" 2>err | head -n 1 | tr -d "\n" | fold -w 1 | sort | uniq -d | wc -l; }
+holds "--repetition-penalty" [ "$(no_letter_twice "To be") $(no_letter_twice T)" = "0 0" ]
+holds "--name=value" [ "$(run --load=m --generate=8 --temperature=0 --prompt=To 2>err)" = "To be, or" ]
+
+run --attention mla --kv-heads 1 --nope-dim 12 --layers 1 --heads 2 --channels 8 --steps 0 --vocab-size 256 --save all >out
+run --load all --generate 0 --prompt To >out 2>err
+holds "whatever the model, only the text is on standard output" [ "$(cat out)" = To ]
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]
