@@ -3485,8 +3485,8 @@ static void log_begin(FILE *f, const Model *m, const char *settings) {
             fprintf(f, "%s%s %s", between, k->key, value);
             between = ", ";
         }
-    fprintf(f, "\n# parameters: %zu\n# settings: %s\n# vector bytes: %d\n%s", m->n_params, settings,
-            VECTOR_BYTES, log_columns);
+    fprintf(f, "\n# parameters: %zu\n# settings: %s\n# vector bytes: %d\n# compiler: %s\n%s",
+            m->n_params, settings, VECTOR_BYTES, __VERSION__, log_columns);
 }
 
 // Opens the log. A resumed run keeps what stands before the rows and those of the steps that are

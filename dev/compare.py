@@ -263,7 +263,8 @@ class Run:
             "bits_per_byte": float(bits[-1]) if bits else None,
             "tokens_per_second": rates[len(rates) // 2], "seconds": float(log["seconds"][-1]),
             **self.model, "processor": processor(),
-            "vector_bytes": int(said.get("vector bytes", 0))}
+            "vector_bytes": int(said.get("vector bytes", 0)),
+            "compiler": said.get("compiler", "")}
         self.file(".json.tmp").write_text(json.dumps(self.result, indent=1))
         self.file(".json.tmp").rename(self.file(".json"))
         self.file(".safetensors").unlink(missing_ok=True)
@@ -449,12 +450,13 @@ def warnings(rows):
         for run in row["runs"]:
             if run.result and run.result["vector_bytes"]:
                 on.setdefault(run.seed, set()).add(
-                    (run.result["processor"], run.result["vector_bytes"]))
+                    (run.result["processor"], run.result["vector_bytes"],
+                     run.result.get("compiler", "")))
     for seed, processors in sorted(on.items()):
         if len(processors) > 1:
-            names = " and ".join(f"{name} ({width}-byte vectors)"
-                                 for name, width in sorted(processors))
-            yield f"seed {seed} was run on unlike processors: {names}"
+            names = " and ".join(f"{name} ({width}-byte vectors, compiler {compiler})"
+                                 for name, width, compiler in sorted(processors))
+            yield f"seed {seed} was run on unlike processors or compilers: {names}"
 
 
 # ---- Command line

@@ -37,7 +37,7 @@ RATES = ["3e-3", "4e-3", "6e-3"]
 RATE_SEEDS = [101, 102, 103, 104]
 COLUMNS = ["row", "seed", "program", "val_loss", "learning_rate", "parameters", "cache",
            "tokens_per_second", "seconds", "processor", "vector_bytes", "commit", "data", "options",
-           "bits_per_byte", "best_val_loss"]
+           "bits_per_byte", "best_val_loss", "compiler"]
 
 NOVELS = "--train-data {data}/novels_train.txt --val-data {data}/novels_val.txt"
 # Rows by name: options of the model. Default size: 4 layers, C = 128, 4 heads, T = 128, 8 rows.
@@ -266,6 +266,7 @@ def run_experiment(name, options, folder):
         result, old = run.result, published.get((run.row, str(run.seed), run.rate))
         entry = {
             **{key: result[key] for key in ("parameters", "cache", "vector_bytes")},
+            "compiler": result.get("compiler", ""),
             "row": run.row, "seed": run.seed, "learning_rate": run.rate,
             "options": dict((r, o) for r, o, _ in EXPERIMENTS[name])[run.row],
             "bits_per_byte": result["bits_per_byte"] or "",
@@ -281,7 +282,8 @@ def run_experiment(name, options, folder):
             compare.show(f"{run.row} seed {run.seed}: {entry['val_loss']}, as published")
         else:
             compare.show(f"{run.row} seed {run.seed}: {entry['val_loss']}, published "
-                         f"{old['val_loss']} ({old['processor']}, data {old['data']})")
+                         f"{old['val_loss']} ({old['processor']}, compiler {old['compiler']}, "
+                         f"data {old['data']})")
 
     compare.run_all(runs, options.jobs or (os.cpu_count() or 1), 1, done)
     return sum(run.failure is not None for run in runs)

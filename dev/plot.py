@@ -59,7 +59,7 @@ def labels(paths, said):
     """
     kinds = [(one.get("attention", ""), one.get("position", "")) for one in said]
     keys = [key for key in dict.fromkeys(key for one in said for key in one)
-            if key not in ("attention", "position", "parameters", "vector bytes")
+            if key not in ("attention", "position", "parameters", "vector bytes", "compiler")
             and any(a.get(key) != b.get(key) for a, kind in zip(said, kinds)
                     for b, other in zip(said, kinds) if kind == other)]
     texts = []
