@@ -1109,6 +1109,9 @@ static const char *const misuses[] = {
     "a pass over 1 x 8 tokens: model_reserve was asked for 12 in sequences of 6",
     "a gradient of 2000 sums over tokens: expected at most 192, twice the widest bias",
     "matmul: strides 8, 1 and 3, 2: expected one of each two to be 1",
+    "step 7: weights or moments are infinite after it; not saved",
+    "step 7: weights or moments are infinite after it; not saved",
+    "step 7: the loss is no number after it; not saved",
 };
 
 static void misuse(int which) {
@@ -1133,6 +1136,12 @@ static void misuse(int which) {
     }
     if (which == 7) norm_backward(m, NULL, NULL, NULL, NULL, NULL, 0, NULL, 1, 1000, NONE);
     if (which == 8) matmul(x, 8, rows_of(x, 8), (Mat){x, 3, 2}, 2, 2, 2, NULL, 0);
+    if (which >= 9) {
+        Options o = {.batch_size = 1, .seq_len = LENGTH, .save = "/nowhere/at all"};
+        if (which < 11) (which == 9 ? m->adam_m : m->adam_v)[3] = INFINITY;
+        else for (size_t i = 0; i < m->n_params; i++) m->params[i] = 3e38;
+        save_run(&(Outputs){.settings = ""}, m, &o, tokens, tokens, 7);
+    }
 }
 
 static const char *program;  // how this one was called

@@ -961,8 +961,6 @@ MUTATIONS = [
     ("validate", "e.loss < out->best", "e.loss > out->best", "the highest loss"),
     ("validate", "out->best_step = step", "out->best_step = 1", "the step of the lowest loss"),
     ("validate", "if (o->save_best) save_best(out, m, o);", "", "--save-best is ignored"),
-    ("train", "            save_run(out, m, o, x, y, step))\n            saved = step;",
-     "            save_run(out, m, o, x, y, step)) {}", "the last save is made twice"),
     ("train", "out->failed || out->unsaved ? 1 :", "", "a log that failed is a success"),
     ("train", "out->unsaved = !save_run(", "save_run(", "a save that failed is a success"),
     ("save_run", "!finite || !isfinite(loss)", "!isfinite(loss)", "infinite moments are saved"),
