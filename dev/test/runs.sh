@@ -190,7 +190,7 @@ if disk 40k true; then
         [ "$(grep -c '^train_gpt2_mla: full/m: not written: No space' err)" = 9 ]
     holds "save's disk full: the run goes on" says out '^step 40/40'
     holds "save's disk full: not called saved" lacks out '^saved'
-    disk 16k $RUN "$program" $tiny --steps 0 --vocab-size 256 --save full/m
+    disk 8k $RUN "$program" $tiny --steps 0 --vocab-size 256 --save full/m
     holds "initial model, disk full: exit status" [ $? = 1 ]
 else echo "runs: not run: full disk (no right to mount one here)"; fi
 
