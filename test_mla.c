@@ -1109,9 +1109,9 @@ static const char *const misuses[] = {
     "a pass over 1 x 8 tokens: model_reserve was asked for 12 in sequences of 6",
     "a gradient of 2000 sums over tokens: expected at most 192, twice the widest bias",
     "matmul: strides 8, 1 and 3, 2: expected one of each two to be 1",
-    "step 7: weights or moments are infinite after it; not saved",
-    "step 7: weights or moments are infinite after it; not saved",
-    "step 7: the loss is no number after it; not saved",
+    "step 7: weights or moments are not finite after it; not saved",
+    "step 7: weights or moments are not finite after it; not saved",
+    "step 7: the loss is not finite after it; not saved",
 };
 
 static void misuse(int which) {

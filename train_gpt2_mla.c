@@ -238,14 +238,7 @@ static void next_batch(const Data *d, int order, uint64_t seed, long index,
 
 // Chapters 15 and 16, for the training loop. What a run reports and leaves behind. What cannot be
 // written is said in a line, and the run goes on:
-typedef struct {
-    FILE *log;             // NULL: none, or none any more
-    const char *settings;  // what a checkpoint says of the run
-    double seconds;        // of the run before it was interrupted, as its log has them
-    double best;           // the lowest validation loss yet, INFINITY before there is one
-    long best_step;
-    int failed, unsaved;   // something asked for is not there; the model is not
-} Outputs;
+typedef struct Outputs Outputs;
 static double seconds(void);
 static void print_step(const Step *s, const Options *o, double eta, int stays);  // stays in place
 static void print_evaluation(const Evaluation *e);
@@ -1340,6 +1333,16 @@ struct Step {
     double seconds, rate;   // that it took; tokens per second
 };
 
+// What a run writes, and what of it was there before.
+struct Outputs {
+    FILE *log;                 // NULL: none, or none any more
+    const char *settings;      // what a checkpoint says of the run
+    double seconds;            // of the run before it was interrupted, as its log has them
+    double best;               // the lowest validation loss yet, INFINITY before there is one
+    long best_step;
+    int failed, unsaved, cut;  // a file asked for is not whole; the model is not saved; the last
+};                             // validation was cut short
+
 struct Evaluation {
     double loss;           // mean over tokens, in nats
     double bits_per_byte;  // the same over the bytes they stand for; NaN if these are not known
@@ -1397,22 +1400,26 @@ static Step training_step(Model *m, const Options *o, const Data *data, long don
     return s;
 }
 
-// The loss on validation data: after the last step on all of it. NaN where a signal cut it short.
+// The loss on validation data: on val_batches, and so compared with the lowest; after the last step
+// then on all of it. NaN where a signal cut it short.
 static Evaluation validate(Model *m, const Options *o, const Data *val, const Tokenizer *tokenizer,
                            Outputs *out, long step) {
-    long steps = o->schedule.steps;
-    Evaluation e = evaluate(m, val, tokenizer, o->batch_size, o->seq_len,
-                            step == steps ? 0 : o->val_batches);
-    printf("val  %ld/%ld | ", step, steps);
-    if (stop_signal) return printf("cut short\n"), (Evaluation){.loss = NAN};
+    int B = o->batch_size, T = o->seq_len, last = step == o->schedule.steps;
+    Evaluation e = evaluate(m, val, tokenizer, B, T, o->val_batches);
+    int lowest = !stop_signal && e.loss < out->best;
+    if (lowest) out->best = e.loss, out->best_step = step;
+    if (last && o->val_batches) e = evaluate(m, val, tokenizer, B, T, 0);
+    printf("val  %ld/%ld | ", step, o->schedule.steps);
+    if (stop_signal) {
+        printf("cut short\n");
+        out->cut = last;
+        return (Evaluation){.loss = NAN};
+    }
     print_evaluation(&e);
     if (!isfinite(e.loss))
         fail(1, "step %ld: validation loss %f; not saved (a lower --learning-rate may help)", step,
              fabs(e.loss));
-    if (e.loss < out->best) {
-        out->best = e.loss, out->best_step = step;
-        if (o->save_best) save_best(out, m, o);
-    }
+    if (lowest && o->save_best) save_best(out, m, o);
     return e;
 }
 
@@ -1449,7 +1456,8 @@ static int train(Model *m, const Options *o, const Data *data, const Data *val,
     if (cache) cache_free(cache);
     free(x);
     print_end(o, out, done, step, seconds() - start, stepping);
-    return out->failed || out->unsaved ? 1 : step < steps ? 128 + stop_signal : 0;
+    if (out->failed || out->unsaved) return 1;
+    return step < steps || out->cut ? 128 + stop_signal : 0;
 }
 
 // ######## PART II: DECODING #####################################################################
@@ -1729,7 +1737,7 @@ static void attend_cached(Model *m, int l, Acts *acts, int B, int T) {
 // What generation uses of chapter 14: the token that samples start from; whether a token is
 // end-of-text, and whether the last of n tokens completes a text to stop at; a prompt's bytes, and
 // the tokens of n bytes, into out, which has room for n; and printing a token, without what could
-// upset a terminal.
+// upset a terminal. Chapter 16 prints what a model is.
 typedef struct {
     int expected;         // bytes that the character at hand still lacks
     unsigned char least;  // what the next of them is at least
@@ -1737,7 +1745,7 @@ typedef struct {
 static int first_token(const Tokenizer *t);
 static int is_end_of_text(const Tokenizer *t, int token);
 static int completes(const Tokenizer *t, const int *tokens, int n, const char *text);
-static unsigned char *read_bytes(const char *path, const char *option, size_t *size);
+static unsigned char *read_prompt(const char *path, size_t *size);
 static long encode(const Tokenizer *t, const unsigned char *text, long n, int *out);
 static void print_model(FILE *f, const Model *m, int cache);
 static void print_token(const Tokenizer *t, int token, Printer *printer);
@@ -1788,8 +1796,9 @@ static int descending(const void *a, const void *b) {
 
 // One token from the distribution softmax(logits / temperature) over the top_k likeliest (0: all),
 // and of these over the likeliest that have top_p of the probability between them; temperature 0
-// takes the likeliest. The logits of tokens already seen (V; NULL: none) are first made smaller by
-// repetition_penalty: divided, negative ones multiplied (as in CTRL, Keskar et al. 2019).
+// takes the likeliest. The logits of tokens already seen (V; NULL: none) are first divided by
+// repetition_penalty (CTRL, Keskar et al. 2019); negative ones are multiplied by it, so that they
+// too become smaller.
 // u in (0, 1] decides. Overwrites logits; scratch (V).
 static int sample_token(real *logits, real *scratch, int V, const Sampling *how,
                         const unsigned char *seen, double u) {
@@ -1888,6 +1897,7 @@ static Cache *sample_cache(const Model *m, int T) {
 static void print_sample(Model *m, Cache *cache, const Tokenizer *t, const Options *o, long step) {
     int start = first_token(t), n = min_int(200, cache->capacity);
     uint64_t key = random_stream(o->seed, STREAM_SAMPLE, step);
+    printf("sample %ld/%ld |\n", step, o->schedule.steps);
     generate(m, cache, &start, 1, n, &o->sampling, key, t, NULL);
     printf("\n");
 }
@@ -1898,7 +1908,7 @@ static void generate_command(Model *m, const Options *o, const Tokenizer *tokeni
     const Config *c = &m->c;
     const char *option = o->prompt_file ? "--prompt-file" : "--prompt";
     size_t length = o->prompt ? strlen(o->prompt) : 0;
-    unsigned char *file = o->prompt_file ? read_bytes(o->prompt_file, option, &length) : NULL;
+    unsigned char *file = o->prompt_file ? read_prompt(o->prompt_file, &length) : NULL;
     const unsigned char *text = file ? file : (unsigned char *)(o->prompt ? o->prompt : "");
     int mode = o->cache == -1 ? cache_mode(c) : o->cache, B = o->batch_size;
     int *prompt = allocate((length + 1) * sizeof(int), "prompt");
@@ -1947,8 +1957,12 @@ static void generate_command(Model *m, const Options *o, const Tokenizer *tokeni
 // ######## PART III: MACHINERY ###################################################################
 
 // ==== 12  MEMORY ================================================================================
+static volatile sig_atomic_t line_is_drawn;  // and a terminal's cursor stands in it
+
 static void print_error(const char *format, va_list args) {
     fflush(stdout);
+    if (line_is_drawn) fputc('\n', stderr);
+    line_is_drawn = 0;
     fputs("train_gpt2_mla: ", stderr);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
@@ -2523,18 +2537,18 @@ static unsigned char *read_file(const char *path, size_t *size) {
 }
 
 // What comes from a file, or from standard input for "-", until it ends: a pipe will do.
-static unsigned char *read_bytes(const char *path, const char *option, size_t *size) {
+static unsigned char *read_prompt(const char *path, size_t *size) {
     size_t room = 0, n;
     unsigned char *bytes = NULL;
     FILE *f = strcmp(path, "-") ? fopen(path, "rb") : stdin;
-    if (!f) fail(1, "%s %s: cannot open: %s", option, path, strerror(errno));
+    if (!f) fail(1, "--prompt-file %s: cannot open: %s", path, strerror(errno));
     *size = 0;
     do {
         if (*size == room) bytes = realloc(bytes, room = 2 * room + 4096);
-        if (!bytes) fail(1, "%s %s: too long for memory", option, path);
+        if (!bytes) fail(1, "--prompt-file %s: too long for memory", path);
         *size += n = fread(bytes + *size, 1, room - *size, f);
     } while (n);
-    if (ferror(f)) fail(1, "%s %s: cannot read: %s", option, path, strerror(errno));
+    if (ferror(f)) fail(1, "--prompt-file %s: cannot read: %s", path, strerror(errno));
     if (f != stdin) fclose(f);
     return bytes;
 }
@@ -2598,7 +2612,7 @@ static int completes(const Tokenizer *t, const int *tokens, int n, const char *t
     for (int end = token_bytes(t, tokens[n - 1]); end > 0; end--) {
         int i = n - 1, at = end, left = strlen(text);
         while (left && i >= 0) {
-            if (!at) at = --i >= 0 ? token_bytes(t, tokens[i]) : 0;
+            if (!at) at = --i >= 0 ? max_int(0, token_bytes(t, tokens[i])) : 0;
             else if (t->bytes[t->start[tokens[i]] + --at] != (unsigned char)text[--left]) break;
             else if (!left) return 1;
         }
@@ -2897,6 +2911,7 @@ typedef struct {
     const char *option, *path;
     char *lock, *old;  // old: NULL if there is nothing to keep
     struct stat is;    // of the lock
+    long step;         // of a checkpoint that is to be kept; 0: unknown
     int kept;
 } Held;
 static Held held[3];
@@ -2906,44 +2921,24 @@ static void release_files(void) {
     while (n_held) unlink(held[--n_held].lock);
 }
 
-// With `continued` what stands in the file is this run's own.
-static void hold_file(const char *option, const char *path, int continued) {
-    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
-    struct stat there;
-    Held *h = &held[n_held];
-    *h = (Held){.option = option, .path = path, .lock = with_ending(path, ".lock")};
-    for (int fd;; close(fd)) {
-        fd = open(h->lock, O_RDWR | O_CREAT, 0666);
-        if (fd < 0 || fstat(fd, &h->is)) fail(1, "%s: cannot write: %s", path, strerror(errno));
-        if (fcntl(fd, F_SETLK, &lock) && (errno == EACCES || errno == EAGAIN)) {
-            fcntl(fd, F_GETLK, &lock);
-            fail(1, "%s: process %d is writing it; end that, or name another file", path,
-                 (int)lock.l_pid);
-        }  // file systems without locks go without
-        // its owner may have ended, and removed it, since it was opened
-        if (!stat(h->lock, &there) && h->is.st_ino == there.st_ino) break;
-    }
-    for (Held *o = held; o < h; o++)
-        if (o->is.st_ino == h->is.st_ino && o->is.st_dev == h->is.st_dev)
-            fail(2, "%s %s: the same file as %s", option, path, o->option);
-    if (!n_held++) atexit(release_files);
-    if (continued || stat(path, &there) || !there.st_size) return;
-    h->old = with_ending(path, ".old");
-    for (int i = 2; !access(h->old, F_OK); i++) {
-        char ending[20];
-        snprintf(ending, sizeof ending, ".old%d", i);
+// path.old, or the first free of path.old2, path.old3, ...
+static void name_old(Held *h) {
+    char ending[20] = ".old";
+    struct stat st;
+    for (int i = 2;; i++) {
         free(h->old);
-        h->old = with_ending(path, ending);
+        h->old = with_ending(h->path, ending);
+        if (lstat(h->old, &st)) return;
+        snprintf(ending, sizeof ending, ".old%d", i);
     }
 }
 
-// Before a file is first replaced. Two names for one file, where there can be such, leave no moment
-// without either. Returns whether nothing is lost by replacing it now; if not, errno says why.
-static int keep_old(const char *path) {
-    for (Held *h = held; h < held + n_held; h++)
-        if (h->old && !h->kept && !strcmp(h->path, path))
-            return h->kept = !link(path, h->old) || !rename(path, h->old) || errno == ENOENT;
-    return 1;
+// Whether `name` is one that the writer of `path` takes for itself.
+static int is_helper(const char *name, const char *path) {
+    size_t n = strlen(path);
+    const char *ending = name + n;
+    return !strncmp(name, path, n) &&
+           (!strcmp(ending, ".tmp") || !strcmp(ending, ".lock") || !strncmp(ending, ".old", 4));
 }
 
 // The step that a checkpoint of this program says it is from; 0 if none.
@@ -2956,6 +2951,50 @@ static long step_in(const char *path) {
     start[n] = 0;
     char *found = strstr(start, "\"step\":\"");
     return found ? atol(found + 8) : 0;
+}
+
+// With `continued` what stands in the file is this run's own.
+static void hold_file(const char *option, const char *path, int continued) {
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    struct stat there;
+    Held *h = &held[n_held];
+    *h = (Held){.option = option, .path = path, .lock = with_ending(path, ".lock")};
+    for (Held *o = held; o < h; o++)
+        if (is_helper(path, o->path) || is_helper(o->path, path))
+            fail(2, "%s %s: too near to %s %s, beside which others are written", option, path,
+                 o->option, o->path);
+    for (int fd;; close(fd)) {
+        fd = open(h->lock, O_RDWR | O_CREAT, 0666);
+        if (fd < 0 || fstat(fd, &h->is)) fail(1, "%s: cannot write: %s", path, strerror(errno));
+        if (h->is.st_size) fail(1, "%s: exists and is no lock of this program", h->lock);
+        if (fcntl(fd, F_SETLK, &lock) && (errno == EACCES || errno == EAGAIN)) {
+            if (fcntl(fd, F_GETLK, &lock) || lock.l_type == F_UNLCK) continue;
+            fail(1, "%s: process %d is writing it; end that, or name another file", path,
+                 (int)lock.l_pid);
+        }  // file systems without locks go without
+        // its owner may have ended, and removed it, since it was opened
+        if (!stat(h->lock, &there) && h->is.st_ino == there.st_ino) break;
+    }
+    for (Held *o = held; o < h; o++)
+        if (o->is.st_ino == h->is.st_ino && o->is.st_dev == h->is.st_dev)
+            fail(2, "%s %s: the same file as %s", option, path, o->option);
+    if (!n_held++) atexit(release_files);
+    if (continued || stat(path, &there) || !there.st_size) return;
+    name_old(h);
+    h->step = step_in(path);
+}
+
+// Before a file is first replaced. Two names for one file, where there can be such, leave no moment
+// without either. Returns whether nothing is lost by replacing it now; if not, errno says why.
+static int keep_old(const char *path) {
+    for (Held *h = held; h < held + n_held; h++) {
+        if (!h->old || h->kept || strcmp(h->path, path)) continue;
+        int failed;
+        while ((failed = link(path, h->old)) && errno == EEXIST) name_old(h);
+        if (failed && errno != ENOENT && rename(path, h->old)) return 0;
+        h->kept = 1;
+    }
+    return 1;
 }
 
 // Fails unless `path` is free, empty, or a file of the right kind, with the text `like`, or that of
@@ -3364,8 +3403,6 @@ static void flush_output(void) {
         warn("standard output: cannot write: %s; the run goes on", strerror(errno));
 }
 
-static volatile sig_atomic_t line_is_drawn;  // and a terminal's cursor stands in it
-
 // On a terminal the line of a step that nothing follows stays in its place, and the next is drawn
 // over it; where it is too narrow, a shorter one. Elsewhere there are some 100 lines a run, and the
 // first step's.
@@ -3410,12 +3447,20 @@ static void print_end(const Options *o, const Outputs *out, long done, long step
         printf("%ld steps in %s, %.0f tokens/s\n", step - done, took,
                tokens * (step - done) / stepping);
         if (out->best_step)
-            printf("lowest validation loss %.4f, after step %ld%s%s\n", out->best, out->best_step,
-                   o->save_best ? ": saved " : "", o->save_best ? o->save_best : "");
+            printf("lowest validation loss %.4f (of --val-batches %d), after step %ld%s%s\n",
+                   out->best, o->val_batches, out->best_step, o->save_best ? ": saved " : "",
+                   o->save_best ? o->save_best : "");
         if (!o->save && !o->save_best)
             printf("the model is gone: nothing is kept without --save FILE\n");
         if (o->save && !out->unsaved) printf("saved %s\n", o->save);
+        for (Held *h = held; h < held + n_held; h++)
+            if (h->kept && h->step)
+                printf("%s has step %ld of before: to go on from it, move it back to %s%s\n",
+                       h->old, h->step, h->path, o->log ? ", and the log" : "");
     }
+    if (out->cut)
+        printf("the last validation was stopped by signal %d (%s); --eval makes it\n",
+               (int)stop_signal, strsignal(stop_signal));
     if (!stop_signal || step == steps) return;
     printf("stopped by signal %d (%s) after step %ld%s\n", (int)stop_signal,
            strsignal(stop_signal), step,
@@ -3443,19 +3488,25 @@ static void print_model(FILE *f, const Model *m, int cache) {  // [ATTENTION 1]
 
 // --- What a run leaves behind, and how it is stopped
 
-// The first signal lets the step at hand finish. Another one ends the program at once; but not
-// within a second: `timeout`, for one, sends to a program and to its group, which comes twice.
+// The first signal lets the step at hand finish. Another interrupt ends the program at once, but
+// not within a second: `timeout`, for one, sends to a program and to its group, which comes twice.
+// The system repeats those of limits by itself: they never count as a second.
 static void on_signal(int number) {
-    static const char said[] = "\ntrain_gpt2_mla: stopping after this step; again: at once, "
-                               "unsaved\n";
-    static struct timespec first;
+    static const char said[] = "\ntrain_gpt2_mla: stopping after this step; again, in a "
+                               "second: at once, unsaved\n";
+    static volatile sig_atomic_t first;  // in milliseconds; set before stop_signal
     struct timespec now;
+    int error = errno;
     clock_gettime(CLOCK_MONOTONIC, &now);
+    unsigned ms = (unsigned)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+    int counts = number == SIGINT || number == SIGTERM || number == SIGHUP;
+    if (stop_signal && counts && ms - (unsigned)first >= 1000) _exit(128 + number);
     if (!stop_signal) {
-        first = now, stop_signal = number;
-        if (write(2, said + !line_is_drawn, sizeof said - 1 - !line_is_drawn) < 0) return;
-    } else if (now.tv_sec - first.tv_sec + 1e-9 * (now.tv_nsec - first.tv_nsec) >= 1)
-        _exit(128 + number);
+        first = ms, stop_signal = number;
+        int from = !line_is_drawn;  // its first newline ends a drawn line
+        if (write(2, said + from, sizeof said - 1 - from) > 0) line_is_drawn = 0;
+    }
+    errno = error;
 }
 
 // What users, terminals and schedulers send to end a program; a file that has become too large for
@@ -3475,6 +3526,7 @@ static void catch_signals(void) {
 
 // A log says in lines that begin with # what was run (older ones do not), then has a row per step.
 static const char log_title[] = "# a log of train_gpt2_mla\n";
+static const char settings_are[] = "# settings: ";
 static const char log_columns[] = "step,loss,lr,grad_norm,val_loss,tok_per_s,seconds\n";
 
 static void log_begin(FILE *f, const Model *m, const char *settings) {
@@ -3485,12 +3537,12 @@ static void log_begin(FILE *f, const Model *m, const char *settings) {
             fprintf(f, "%s%s %s", between, k->key, value);
             between = ", ";
         }
-    fprintf(f, "\n# parameters: %zu\n# settings: %s\n# vector bytes: %d\n# compiler: %s\n%s",
-            m->n_params, settings, VECTOR_BYTES, __VERSION__, log_columns);
+    fprintf(f, "\n# parameters: %zu\n%s%s\n# vector bytes: %d\n# compiler: %s\n%s", m->n_params,
+            settings_are, settings, VECTOR_BYTES, __VERSION__, log_columns);
 }
 
 // Opens the log. A resumed run keeps what stands before the rows and those of the steps that are
-// done, appends to them, and counts seconds on from the last.
+// done, appends to them, and counts seconds on from the last; a log of other settings is refused.
 static FILE *log_open(const char *path, const Model *m, const char *settings, long done,
                       double *seconds) {
     char row[2048], *last;
@@ -3500,6 +3552,11 @@ static FILE *log_open(const char *path, const Model *m, const char *settings, lo
     if (done) rewind(f);
     while (done && fgets(row, sizeof row, f) && strchr(row, '\n') &&
            (kept == 0 || atol(row) <= done)) {
+        size_t length = strlen(row) - 1;
+        if (!strncmp(row, settings_are, strlen(settings_are)) &&
+            (length != strlen(settings_are) + strlen(settings) ||
+             strncmp(row + strlen(settings_are), settings, strlen(settings))))
+            fail(1, "%s: the log of a run with other settings; will not go on with it", path);
         kept = ftell(f);
         if (atol(row) && (last = strrchr(row, ','))) *seconds = atof(last + 1);
     }
@@ -3540,11 +3597,13 @@ static Outputs open_outputs(const Options *o, const Model *m, const char *settin
         if (loss && step) out.best = atof(loss), out.best_step = atol(step);
         checkpoint_close(&best);
     }
-    if (!log) return out;
-    if (!o->resume && (!keep_old(log) || (unlink(log) && errno != ENOENT)))
+    if (!log || done == o->schedule.steps) return out;
+    struct stat st;
+    int replaces = !o->resume && !stat(log, &st);
+    if (replaces && (!keep_old(log) || unlink(log)) && errno != ENOENT)
         fail(1, "%s: cannot be put aside: %s", log, strerror(errno));
     out.log = log_open(log, m, settings, done, &out.seconds);
-    if (o->save) check_writable(o->save);  // the log may have its temporary name
+    if (replaces) fchmod(fileno(out.log), st.st_mode & 07777);
     return out;
 }
 
@@ -3552,11 +3611,11 @@ static Outputs open_outputs(const Options *o, const Model *m, const char *settin
 static void print_kept(const Options *o) {
     for (Held *h = held; h < held + n_held; h++) {
         if (!h->old) continue;
-        long step = h->kept ? 0 : step_in(h->path);
-        if (step) printf("%s: holds step %ld; ", h->path, step);
+        if (h->step) printf("%s: holds step %ld; ", h->path, h->step);
         else printf("%s: exists; ", h->path);
+        int unfinished = h->path == o->save && h->step && h->step < o->schedule.steps;
         printf("%s keeps it as %s%s\n", h->kept ? "this run" : "the first save", h->old,
-               h->path == o->save && step ? " (to go on from it: --resume)" : "");
+               unfinished ? " (to go on from it: --resume)" : "");
     }
 }
 
@@ -3568,7 +3627,7 @@ static int save_run(Outputs *out, Model *m, const Options *o, const int *x, cons
         for (size_t i = 0; i < m->n_params; i++) finite &= !!isfinite(set_of(m, set)[i]);
     if (!finite || !isfinite(loss))
         fail(1, "step %ld: %s after it; not saved (a lower --learning-rate may help)", step,
-             finite ? "the loss is no number" : "weights or moments are infinite");
+             finite ? "the loss is not finite" : "weights or moments are not finite");
     if (out->log) fsync(fileno(out->log));  // after a crash it has at least the checkpoint's steps
     return checkpoint_save(m, o->save, step, out->settings, NAN);
 }
@@ -3694,7 +3753,7 @@ static Option options[] = {  // [ATTENTION 1]
      INT, &opt.sampling.top_k, 0, 65536, .modes = TRAIN | GENERATE},
     {"--top-p", "and from the likeliest that have this probability between them (1: all)",
      DOUBLE, &opt.sampling.top_p, 1e-6, 1, .modes = TRAIN | GENERATE},
-    {"--repetition-penalty", "tokens seen already are that much less likely (1: not)",
+    {"--repetition-penalty", "logits of tokens seen already are divided by it (1: not)",
      DOUBLE, &opt.sampling.repetition_penalty, 1e-3, 1e3, .modes = TRAIN | GENERATE},
     {"--stop", "a text that ends a sequence; may be given several times",
      TEXTS, &opt.sampling.stop},
@@ -3755,7 +3814,8 @@ static void parse_options(int argc, char **argv) {
         if (o->kind == FLAG && value) fail(2, "%s: '%s', expected no value", o->name, value);
         if (o->kind == FLAG) *(int *)o->at = 1;
         else if (value) option_set(o, value);
-        else if (++i == argc || (o->at != &opt.prompt && !strncmp(argv[i], "--", 2)))
+        else if (++i == argc || (o->kind != TEXTS && o->at != &opt.prompt &&
+                                 !strncmp(argv[i], "--", 2)))
             fail(2, "%s: its value is missing", o->name);
         else option_set(o, argv[i]);
     }

@@ -224,7 +224,7 @@ abcd='\0\0\1\0\2\0\3\0\4\0'
 { header 20240520 1 500; for i in $(seq 100); do printf "$abcd"; done; } >line_train.bin
 $RUN "$program" $tiny --train-data line_train.bin --steps 150 --sample-every 150 --temperature 0 \
     --save line >out
-holds "a sample starts as a line does" [ "$(sed '1,/^step 150/d' out | sed 1q)" = abcd ]
+holds "a sample starts as a line does" [ "$(sed '1,/^sample 150/d' out | sed 1q)" = abcd ]
 $RUN "$program" --load line --tokenizer line_tokenizer.bin --generate 8 --temperature 0 >out 2>err
 holds "a text starts as a line does" [ "$(sed 1q out)" = abcd ]
 { header 20240520 1 500; for i in $(seq 100); do printf '\0\0\1\0\2\0\3\0\5\0'; done; } >end_train.bin
@@ -375,25 +375,25 @@ holds "a log of this program is replaced" $RUN "$program" $trained --log log.csv
 row 2 '--save both: the same file as --log' $trained --log both --save both
 row 2 '--save ./x: the same file as --log' $trained --log x --save ./x
 row 2 '--save-best z: the same file as --save' $trained --save z --save-best z --val-data text
-row 1 'y.tmp: exists and is no checkpoint of this program; will not replace it' $trained --log y.tmp --save y
+beside=', beside which others are written'
+row 2 "--save y: too near to --log y.tmp$beside" $trained --log y.tmp --save y
+row 2 "--save-best y: too near to --log y.tmp$beside" $trained --log y.tmp --save-best y --val-data text
+row 2 "--save-best m.tmp: too near to --save m$beside" $trained --save m --save-best m.tmp --val-data text
+row 2 "--save m: too near to --log m.lock$beside" $trained --log m.lock --save m
+row 2 "--save m: too near to --log m.old2$beside" $trained --log m.old2 --save m
 cp text new.tmp
 row 1 'new.tmp: exists and is no checkpoint of this program; will not replace it' $trained --save new
 echo note > new.tmp  # too short to tell
 row 1 'new.tmp: exists and is no checkpoint of this program; will not replace it' $trained --save new
 row 1 'model: exists and is no log of this program; will not replace it' $trained --log model
 
-# A log begins with what was run; one of earlier versions goes on as it is.
+# A log begins with what was run.
 
 $RUN "$program" $trained --save stopped --log stopped.csv >out
 settings=$(grep -ao '"settings":"[^"]*"' stopped | sed 's/.*:"//; s/"$//')
 holds "log: begins with what was run" grep -qx "# settings: $settings" stopped.csv
 holds "log: begins with the configuration" grep -q '^# configuration: attention mha, position rope, n_layer 1, ' stopped.csv
 holds "log: begins with the parameters" grep -Eqx '# parameters: [1-9][0-9]+' stopped.csv
-grep -v '^#' stopped.csv >older.csv && cp older.csv stopped.csv
-step=$(grep -ao '"step":"[0-9]*"' stopped | tr -dc 0-9)
-printf '%d,rows of steps,that the checkpoint,does not know\n%d,' $((step + 1)) $((step + 2)) >>stopped.csv
-$RUN "$program" $trained --save stopped --log stopped.csv --resume >out
-holds "an older log goes on as it is" cmp older.csv stopped.csv
 row 1 'text.md: exists and is no log of this program; will not replace it' $trained --log text.md
 
 if [ -c /dev/full ]; then

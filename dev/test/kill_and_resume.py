@@ -50,7 +50,8 @@ def log_rows(path):
 def same_rows(whole, killed, cut_short):
     """Whether logs are equal; with cut_short, a validation loss may be missing in the second."""
     return len(whole) == len(killed) and all(
-        a == b or (cut_short and a[:4] == b[:4] and b[4:] == [""]) for a, b in zip(whole, killed))
+        a == b or (cut_short and a[:4] == b[:4] and b[4:] == [""] and b[0] != whole[-1][0])
+        for a, b in zip(whole, killed))
 
 
 def run_killed(kind, folder, kills, draw, expected_seconds, signals):
@@ -62,7 +63,7 @@ def run_killed(kind, folder, kills, draw, expected_seconds, signals):
         if killed % 2:  # else what a killed save left behind stays
             part.unlink(missing_ok=True)
         process = subprocess.Popen(command(kind, "killed") + ["--resume"] * resume, cwd=folder,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         resumes += resume
         if killed < kills:
             # so that every kill is followed by a resume
@@ -82,8 +83,10 @@ def run_killed(kind, folder, kills, draw, expected_seconds, signals):
                 process.send_signal(number)
                 status, error = process.wait(), process.stderr.read()
                 saved = status == 128 + number and "stopping after this step" in error
-                # one that came first did not disturb it, or ended it before its first step
-                if number != signal.SIGKILL and not saved and status not in (0, -number):
+                # one at its end did not disturb it, one before its first step ended it
+                begun = "step " in process.stdout.read()
+                if number != signal.SIGKILL and not saved and (
+                        status not in (0, -number) or (status and begun)):
                     sys.exit(f"error: {kind}: signal {number}: exit status {status}: {error}")
                 killed += 1
                 in_save += part.exists()

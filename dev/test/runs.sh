@@ -42,15 +42,17 @@ ends() {  # the status of the run in the background
 
 # --- Signals. All that announce an end save; two that come together are one.
 
-for signal in 1 2 10 12 15 24 25; do
+for signal in HUP INT USR1 USR2 TERM XCPU XFSZ; do
     rm -f m m.csv
     begin $endless --save m --log m.csv
     kill -s $signal $started
-    holds "signal $signal: exit status" ends $((128 + signal))
-    step=$(sed -n "s/^stopped by signal $signal (.*) after step \([0-9]*\); the same.*/\1/p" out)
+    wait $started
+    status=$? number=$((status - 128))
+    holds "signal $signal: exit status" [ "$(kill -l $status)" = $signal ]
+    step=$(sed -n "s/^stopped by signal $number (.*) after step \([0-9]*\); the same.*/\1/p" out)
     holds "signal $signal: saved" [ "$(step_in m)" = "$step" ]
     holds "signal $signal: a row a step" [ "$(grep -c '^[0-9]' m.csv)" = "$step" ]
-    holds "signal $signal: said at once" says err '^train_gpt2_mla: stopping after this step; again'
+    holds "signal $signal: said at once" says err '^train_gpt2_mla: stopping after this step; again, in a second'
 done
 holds "no file is left behind" [ "$(echo m*)" = "m m.csv" ]
 rm m; begin $endless --grad-accum 5000 --save m; sleep 0.1
@@ -73,24 +75,37 @@ holds "validation is cut short: said" says out '^val  1/1000000 | cut short$'
 rm long
 holds "validation is cut short: saved" opens m
 rm m out
-$RUN "$program" $tiny --steps 9 --grad-accum 65536 --save m >out 2>err & started=$!  # long steps
+$RUN "$program" $tiny --steps 9 --grad-accum 65536 --batch-size 64 --save m >out 2>err & started=$!
 until grep -qs threads out || ! kill -0 $started; do sleep 0.1; done
 sleep 0.3; kill $started; sleep 1.2; kill $started
 holds "a second signal a second later: exit status" ends 143
 holds "a second signal a second later: unsaved" [ ! -e m ]
+holds "a second signal a second later: the next run begins" run $tiny --steps 1 --save m
+rm m; begin $endless --grad-accum 20000 --save m; sleep 0.1
+for i in 1 2 3; do kill -s XCPU $started; sleep 0.6; done
+wait $started
+holds "the limit of time comes again and again: exit status" [ "$(kill -l $?)" = XCPU ]
+holds "the limit of time comes again and again: saved" opens m
+rm m; $RUN "$program" $tiny --steps 1 --val-data text --val-batches 0 --save m >out
+cp text long; i=0; while [ $i -lt 19 ]; do cat long long >more; mv more long; i=$((i + 1)); done
+begin $tiny --steps 1 --val-data long --batch-size 1 --save m
+kill $started
+holds "the last validation is cut short: exit status" ends 143
+holds "the last validation is cut short: said" says out '^the last validation was stopped by sig'
+rm long
 
 # --- A reader of standard output that ends, or is not there
 
 mkfifo pipe
 head -n 1 pipe >line & reader=$!
-$RUN "$program" $endless --save m >pipe 2>err & started=$!
+$RUN "$program" $endless --print-every 1 --save m >pipe 2>err & started=$!
 wait $reader; sleep 0.3; kill -s INT $started
 holds "no reader, then a signal: exit status" ends 130
 holds "no reader, then a signal: saved" opens m
 holds "no reader: said once" \
     [ "$(grep -c 'standard output: cannot write: .*; the run goes on$' err)" = 1 ]
-rm m; { run $tiny --steps 300 --save m; echo $? >status; } 2>err | head -n 1 >line
-holds "a reader that ends: the run goes on" [ "$(step_in m)" = 300 ]
+rm m; { run $tiny --steps 9000 --print-every 1 --save m; echo $? >status; } 2>err | head -n 1 >line
+holds "a reader that ends: the run goes on" [ "$(step_in m)" = 9000 ]
 holds "a reader that ends: exit status" [ "$(cat status)" = 1 ]
 rm m m.csv; run $tiny --steps 3 --save m --log m.csv >&- 2>&- <&-
 holds "all closed: the log has rows only" [ "$(grep -vc '^#' m.csv)" = 4 ]
@@ -122,15 +137,16 @@ holds "a killed run: its lock goes with the next" [ ! -e m.lock -a ! -e m.csv.lo
 
 rm -f m* b*
 run $tiny --steps 20 --save m --log m.csv >out
-run $tiny --steps 5 --save m --log m.csv >out
+begin $endless --save m --log m.csv; kill $started; wait $started; stopped=$(step_in m)
 holds "without --resume: said" \
     says out '^m: holds step 20; the first save keeps it as m.old (to go on from it: --resume)$'
-holds "without --resume: the old one is kept" [ "$(step_in m.old)" = 20 -a "$(step_in m)" = 5 ]
+holds "without --resume: the old one is kept" [ "$(step_in m.old)" = 20 ]
 holds "without --resume: said of the log" says out '^m.csv: exists; this run keeps it as m.csv.old$'
 holds "without --resume: the old log is kept" [ "$(tail -n 1 m.csv.old | cut -d, -f1)" = 20 ]
+holds "without --resume: said at the end" says out '^m.old has step 20 of before: to go on from it'
 run $tiny --steps 4 --save m >out
 holds "without --resume again: nothing is lost" \
-    [ "$(step_in m.old) $(step_in m.old2) $(step_in m)" = "20 5 4" ]
+    [ "$(step_in m.old) $(step_in m.old2) $(step_in m)" = "20 $stopped 4" ]
 run $tiny --steps 9 --save m >out; kept=$(step_in m.old3)
 run $tiny --steps 9 --save m --resume >out
 holds "with --resume nothing is put aside" [ "$kept" = 4 -a ! -e m.old4 ]
@@ -142,6 +158,13 @@ holds "no loss in a log's rows without a validation" \
 holds "--resume: the log's seconds go on" \
     awk -F, '/^[0-9]/ { bad += $7 < last; last = $7 } END { exit bad || last < 0.5 }' m.csv
 
+grep -v '^#' m.csv >older.csv  # as earlier versions began it; the next rows are of steps not saved
+cp older.csv m.csv; step=$(step_in m)
+printf '%d,1,1,1,,1,9\n%d,' $((step + 1)) $((step + 2)) >>m.csv
+begin $endless --save m --log m.csv --resume; kill $started; wait $started
+head -n $(wc -l <older.csv) m.csv >kept
+holds "an older log goes on as it is" cmp older.csv kept
+holds "a log's rows of steps that are not done go" [ "$(grep -c "^$((step + 1))," m.csv)" = 1 ]
 begin $endless --save m --save-every 50; rm m
 until [ -e m ]; do :; done; kill $started
 holds "a checkpoint that was removed: exit status" ends 143
@@ -160,6 +183,25 @@ mkdir there; mv m there; ln -s there/m m; run $tiny --steps 3 --save m >out
 holds "a link stays one" [ -h m -a "$(step_in there/m)" = 3 ]
 ln -s nowhere/m dangling; run $tiny --steps 3 --save dangling >out 2>err
 holds "a link to nothing: line" says err '^train_gpt2_mla: dangling: a link that leads to no file: '
+
+chmod 600 m.csv 2>/dev/null || { run $tiny --steps 1 --log m.csv >out; chmod 600 m.csv; }
+run $tiny --steps 1 --log m.csv >out
+holds "a log's mode 600 is kept" [ "$(ls -l m.csv | cut -c1-10)" = -rw------- ]
+echo mine >n.lock; run $tiny --steps 1 --save n >out 2>err
+holds "a file of the lock's name: exit status" [ $? = 1 ]
+holds "a file of the lock's name: line" says err 'n.lock: exists and is no lock of this program$'
+holds "a file of the lock's name: as it was" [ "$(cat n.lock)" = mine ]
+run $tiny --steps 5 --save a --log a.csv >out; run $tiny --steps 6 --save b --log b.csv >out
+cp b.csv was; run $tiny --steps 5 --save a --resume --log b.csv >out
+holds "another run's log, nothing to do: as it was" cmp b.csv was
+begin $endless --save c; kill $started; wait $started
+run $endless --save c --resume --log b.csv >out 2>err
+holds "another run's log, --resume: exit status" [ $? = 1 ]
+holds "another run's log, --resume: line" says err 'b.csv: the log of a run with other settings'
+holds "another run's log, --resume: as it was" cmp b.csv was
+begin $endless --save b --save-every 200; echo mine >b.old; kill $started; wait $started
+holds "a file that took the name meanwhile: as it was" [ "$(cat b.old)" = mine ]
+holds "a file that took the name meanwhile: the next is taken" [ "$(step_in b.old2)" = 6 ]
 
 # --- Disks and limits. The run outlives its log, and a save that fails.
 
@@ -221,7 +263,7 @@ run --generate 3 --load huge >out 2>err
 holds "weights that overflow, --generate: exit status" [ $? = 1 ]
 holds "weights that overflow, --generate: line" \
     says err "^train_gpt2_mla: the model's logits are no finite numbers"
-"${CC:-cc}" -Ofast -fsyntax-only -w "$source" 2>err
+${CC:-cc} -Ofast -fsyntax-only -w "$source" 2>err
 holds "-Ofast is refused" says err 'use -O3'
 
 # --- What a run prints
@@ -234,7 +276,8 @@ run $tiny --steps 20 --print-every 7 >out
 holds "--print-every" [ "$(sed -n 's/^step \([0-9]*\).*/\1/p' out | tr '\n' ' ')" = "1 7 14 20 " ]
 for columns in 40 60 80 100; do
     command="stty cols $columns; $RUN $program $tiny --steps 300 --learning-rate 1e-4"
-    script -qec "$command" /dev/null </dev/null >typed 2>&1 || break
+    script -qec "$command" /dev/null </dev/null >typed 2>&1 && says typed 'step 300/300' ||
+        { echo "runs: not run: a terminal of $columns columns (no script command)"; break; }
     tr '\r' '\n' <typed | sed 's/\x1b\[K//g' |
         awk -v n=$columns '/^step/ { bad += length($0) >= n } END { exit bad > 0 }'
     holds "a terminal of $columns columns: lines fit" [ $? = 0 ]
@@ -245,7 +288,7 @@ run $tiny --steps 60 --val-data text --val-every 10 --save-best b --learning-rat
 best=$(sed -n 's/^val .* loss \([0-9.]*\) .*/\1/p' out | sort -n | head -n 1)
 at=$(grep "loss $best " out | head -n 1 | tr -dc '0-9/ ' | tr / ' ' | awk '{ print $1 }')
 holds "lowest validation loss: said" \
-    says out "^lowest validation loss $(printf %.4f "$best"), after step $at: saved b$"
+    says out "^lowest validation loss $(printf %.4f "$best") (of .*), after step $at: saved b$"
 holds "--save-best: its loss" [ "$(opens b | sed -n 's/^loss \([0-9.]*\) .*/\1/p')" = "$best" ]
 rm -f m* b*; begin $endless --val-data text --val-every 5 --save m --save-best b
 until [ -e b ]; do :; done; kill $started; wait $started
@@ -270,10 +313,10 @@ holds "--stop, each sequence by itself" \
 nucleus() { run --load m --generate 8 --temperature 5 --top-p 0.000001 --prompt To 2>err; }
 holds "--top-p" [ "$(nucleus)" = "To be, or" ]
 no_letter_twice() {
-    run --load m --generate 3 --repetition-penalty 1000 --temperature 0 --prompt "$1" 2>err |
+    run --load m --generate $2 --repetition-penalty 1000 --temperature 0 --prompt "$1" 2>err |
         head -n 1 | tr -d "\n" | fold -w 1 | sort | uniq -d | wc -l
 }
-holds "--repetition-penalty" [ "$(no_letter_twice "To be") $(no_letter_twice T)" = "0 0" ]
+holds "--repetition-penalty" [ "$(no_letter_twice "To be" 3) $(no_letter_twice T 6)" = "0 0" ]
 holds "--name=value" \
     [ "$(run --load=m --generate=8 --temperature=0 --prompt=To 2>err)" = "To be, or" ]
 
