@@ -494,27 +494,38 @@ static void test_unequal_chunks(void) {
 }
 
 // Every token is what sample_token makes of the full pass's logits and its own random number.
-static void test_generation(void) {
+static void test_generation_with(double penalty) {
     enum { B = 3, N = 20, PROMPT = 2 };
     Model *m = small_model(MLA, DECOUPLED, B, PROMPT + N);
     Cache *cache = cache_create(m, CACHE_ABSORBED, B, PROMPT + N);
-    Sampling how = {1, 0};
+    Sampling how = {1, 0, 0, penalty, {0}, 0};
     int V = m->c.V, prompt[PROMPT] = {3, 14}, out[B * N], text[PROMPT + N], same = 1;
     real *logits = allocate(((PROMPT + N) * V + V) * sizeof(real), "logits"), *scratch = logits + (PROMPT + N) * V;
     m->dropout = 0.5f;  // which generation must not apply
     generate(m, cache, prompt, PROMPT, N, &how, 77, NULL, out);
     m->dropout = 0;
+    unsigned char *seen = allocate(V, "tokens seen");
     for (int b = 0; b < B; b++) {
         memcpy(text, prompt, sizeof prompt), memcpy(text + PROMPT, out + b * N, N * sizeof(int));
         full_logits(m, logits, text, PROMPT + N, 0);
-        for (int i = 0; i < N; i++)
-            same &= out[b * N + i] == sample_token(logits + (PROMPT + i - 1) * V, scratch, V, &how, NULL,
-                                                   random_uniform(random_stream(77, STREAM_SAMPLE, b), i));
+        memset(seen, 0, V);
+        seen[prompt[0]] = 1;
+        for (int i = 0; i < N; i++) {
+            double u = random_uniform(random_stream(77, STREAM_SAMPLE, b), i);
+            seen[text[PROMPT + i - 1]] = 1;
+            same &= out[b * N + i] == sample_token(logits + (PROMPT + i - 1) * V, scratch, V, &how,
+                                                   penalty == 1 ? NULL : seen, u);
+        }
     }
     check("generation", "samples every sequence by itself", same);
-    free(logits);
+    free(logits), free(seen);
     cache_free(cache);
     model_free(m);
+}
+
+static void test_generation(void) {
+    test_generation_with(1);
+    test_generation_with(50);  // tokens of the prompt, and those made, count as seen
 }
 
 // A copy of what a view shows, (N, heads, width), and how many numbers are other than in a copy.
@@ -784,7 +795,7 @@ static void test_threads(void) {
                 forward_backward(m, x, y, B, T, 1);
                 adamw_update(m, &adam, 1e-3, step, clip_scale(gradient_norm(m), 0.5));
             }
-            checkpoint_save(m, i ? other : first, 20, "threads", NAN);
+            checkpoint_save(m, i ? other : first, 20, "threads", "");
             if (i) check("threads: same checkpoint after 20 steps", attention_names[kinds[k].attention], same_files(first, other));
             model_free(m);
         }
@@ -1040,7 +1051,7 @@ static void test_checkpoints(void) {
             m->params[i] = (float)m->params[i], m->adam_m[i] = (float)random_normal(1, i), m->adam_v[i] = (float)random_normal(2, i);
         }
         for (int with_state = 0; with_state < 2; with_state++) {
-            checkpoint_save(m, a, 17, with_state ? "as it was" : NULL, NAN);
+            checkpoint_save(m, a, 17, with_state ? "as it was" : NULL, "");
             Checkpoint file = checkpoint_open(a);
             Config c = checkpoint_config(&file);
             Model *loaded = model_create(&c, 1);
@@ -1059,7 +1070,7 @@ static void test_checkpoints(void) {
                 check("checkpoint", "moments bear their names", !memcmp(v, m->adam_v, m->tensors[WTE].size * sizeof(real)));
                 free(v);
             }
-            checkpoint_save(loaded, b, 17, with_state ? "as it was" : NULL, NAN);
+            checkpoint_save(loaded, b, 17, with_state ? "as it was" : NULL, "");
             check("checkpoint", "saved again is the same file", same_files(a, b));
             checkpoint_close(&file);
             model_free(loaded);

@@ -62,6 +62,7 @@ pass.
 #include <fcntl.h>
 #include <limits.h>
 #include <math.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -244,13 +245,13 @@ static void print_step(const Step *s, const Options *o, double eta, int stays); 
 static void print_evaluation(const Evaluation *e);
 static void print_end(const Options *o, const Outputs *out, long done, long step, double seconds,
                       double stepping);
-static void log_row(Outputs *out, const Options *o, const Step *s, const Evaluation *e,
-                    double time);
+static void log_row(Outputs *out, const Model *m, const Options *o, const Step *s,
+                    const Evaluation *e, double time);
 // Returns whether it was written. Ends the program, with the file as it was, unless weights and
 // moments are finite, and the loss of the batch x, y with them.
 static int save_run(Outputs *out, Model *m, const Options *o, const int *x, const int *y,
                     long step);
-static void save_best(Outputs *out, const Model *m, const Options *o);
+static int save_best(const Outputs *out, const Model *m, const Options *o, long step, double loss);
 // From then on a signal to end sets stop_signal, and the step at hand is finished; another one, a
 // second or more later, ends the program at once.
 static void catch_signals(void);
@@ -1335,13 +1336,15 @@ struct Step {
 
 // What a run writes, and what of it was there before.
 struct Outputs {
-    FILE *log;                 // NULL: none, or none any more
+    FILE *log;                 // NULL: none, not begun, or none any more
     const char *settings;      // what a checkpoint says of the run
+    char validation[120];      // and of the validation data, and how much of it is taken
     double seconds;            // of the run before it was interrupted, as its log has them
     double best;               // the lowest validation loss yet, INFINITY before there is one
-    long best_step;
-    int failed, unsaved, cut;  // a file asked for is not whole; the model is not saved; the last
-};                             // validation was cut short
+    long best_step, validated; // and after which step; the last step with a validation
+    int log_lost, best_lost, unsaved;  // could not be written
+    int cut;                   // the validation after the last step, by a signal
+};
 
 struct Evaluation {
     double loss;           // mean over tokens, in nats
@@ -1400,14 +1403,17 @@ static Step training_step(Model *m, const Options *o, const Data *data, long don
     return s;
 }
 
+// Whether there is a validation after a step.
+static int validates_at(const Options *o, const Data *val, long step) {
+    return val && (step == o->schedule.steps || (o->val_every && step % o->val_every == 0));
+}
+
 // The loss on validation data: on val_batches, and so compared with the lowest; after the last step
 // then on all of it. NaN where a signal cut it short.
 static Evaluation validate(Model *m, const Options *o, const Data *val, const Tokenizer *tokenizer,
                            Outputs *out, long step) {
     int B = o->batch_size, T = o->seq_len, last = step == o->schedule.steps;
-    Evaluation e = evaluate(m, val, tokenizer, B, T, o->val_batches);
-    int lowest = !stop_signal && e.loss < out->best;
-    if (lowest) out->best = e.loss, out->best_step = step;
+    Evaluation part = evaluate(m, val, tokenizer, B, T, o->val_batches), e = part;
     if (last && o->val_batches) e = evaluate(m, val, tokenizer, B, T, 0);
     printf("val  %ld/%ld | ", step, o->schedule.steps);
     if (stop_signal) {
@@ -1419,7 +1425,11 @@ static Evaluation validate(Model *m, const Options *o, const Data *val, const To
     if (!isfinite(e.loss))
         fail(1, "step %ld: validation loss %f; not saved (a lower --learning-rate may help)", step,
              fabs(e.loss));
-    if (lowest && o->save_best) save_best(out, m, o);
+    out->validated = step;
+    if (part.loss < out->best) {
+        out->best_lost = o->save_best && !save_best(out, m, o, step, part.loss);
+        if (!out->best_lost) out->best = part.loss, out->best_step = step;
+    }
     return e;
 }
 
@@ -1433,6 +1443,10 @@ static int train(Model *m, const Options *o, const Data *data, const Data *val,
     long step = done, steps = o->schedule.steps, saved = done;  // saved: what is on disk
     Cache *cache = o->sample_every ? sample_cache(m, T) : NULL;
     catch_signals();
+    if (done && out->validated < done && validates_at(o, val, done)) {  // it was cut short
+        validate(m, o, val, tokenizer, out, done);
+        saved = -1;
+    }
     double start = seconds(), stepping = 0;  // stepping: time without validation and samples
     while (step < steps && !stop_signal) {
         Step s = training_step(m, o, data, step, x, y);
@@ -1440,13 +1454,13 @@ static int train(Model *m, const Options *o, const Data *data, const Data *val,
         step = s.number;
         stepping += s.seconds;
         int last = step == steps;
-        int validates = val && (last || (o->val_every && step % o->val_every == 0));
+        int validates = validates_at(o, val, step);
         int samples = cache && (last || step % o->sample_every == 0);
         double eta = (seconds() - start) / (step - done) * (steps - step);
         print_step(&s, o, eta, !validates && !samples && !last && !stop_signal);
         if (validates) e = validate(m, o, val, tokenizer, out, step);
         if (samples && !stop_signal) print_sample(m, cache, tokenizer, o, step);
-        log_row(out, o, &s, &e, seconds() - start);
+        log_row(out, m, o, &s, &e, seconds() - start);
         if (o->save && o->save_every && step % o->save_every == 0 &&
             save_run(out, m, o, x, y, step))
             saved = step;
@@ -1456,7 +1470,7 @@ static int train(Model *m, const Options *o, const Data *data, const Data *val,
     if (cache) cache_free(cache);
     free(x);
     print_end(o, out, done, step, seconds() - start, stepping);
-    if (out->failed || out->unsaved) return 1;
+    if (out->log_lost || out->best_lost || out->unsaved) return 1;
     return step < steps || out->cut ? 128 + stop_signal : 0;
 }
 
@@ -1748,6 +1762,7 @@ static int completes(const Tokenizer *t, const int *tokens, int n, const char *t
 static unsigned char *read_prompt(const char *path, size_t *size);
 static long encode(const Tokenizer *t, const unsigned char *text, long n, int *out);
 static void print_model(FILE *f, const Model *m, int cache);
+static void flush_output(void);
 static void print_token(const Tokenizer *t, int token, Printer *printer);
 
 // Logits (B, V) of what follows the last of T more tokens of each of the cache's B sequences. With
@@ -1881,7 +1896,10 @@ static Generation generate(Model *m, Cache *cache, const int *prompt, int n_prom
                 ended[b] = completes(tokenizer, own, i + 1, how->stop[k]);
             running -= ended[b];
         }
-        if (tokenizer && made[i] != -1) print_token(tokenizer, made[i], &printer), fflush(stdout);
+        if (tokenizer && made[i] != -1) {
+            print_token(tokenizer, made[i], &printer);
+            flush_output();
+        }
         if (i + 1 < n && running) logits = decode(m, cache, tokens, 1);
     }
     g.seconds = seconds() - start - g.prompt_seconds;
@@ -1959,7 +1977,13 @@ static void generate_command(Model *m, const Options *o, const Tokenizer *tokeni
 // ==== 12  MEMORY ================================================================================
 static volatile sig_atomic_t line_is_drawn;  // and a terminal's cursor stands in it
 
+static int takes_output(int fd) {  // without waiting for a reader
+    struct pollfd p = {.fd = fd, .events = POLLOUT};
+    return poll(&p, 1, 0) != 0;
+}
+
 static void print_error(const char *format, va_list args) {
+    if (stop_signal && !(takes_output(1) && takes_output(2))) return;
     fflush(stdout);
     if (line_is_drawn) fputc('\n', stderr);
     line_is_drawn = 0;
@@ -2921,14 +2945,14 @@ static void release_files(void) {
     while (n_held) unlink(held[--n_held].lock);
 }
 
-// path.old, or the first free of path.old2, path.old3, ...
-static void name_old(Held *h) {
+// path.old, or the first free of path.old2, path.old3, ... Returns whether there is one.
+static int name_old(Held *h) {
     char ending[20] = ".old";
     struct stat st;
     for (int i = 2;; i++) {
         free(h->old);
         h->old = with_ending(h->path, ending);
-        if (lstat(h->old, &st)) return;
+        if (lstat(h->old, &st)) return errno == ENOENT;
         snprintf(ending, sizeof ending, ".old%d", i);
     }
 }
@@ -2968,7 +2992,7 @@ static void hold_file(const char *option, const char *path, int continued) {
         if (fd < 0 || fstat(fd, &h->is)) fail(1, "%s: cannot write: %s", path, strerror(errno));
         if (h->is.st_size) fail(1, "%s: exists and is no lock of this program", h->lock);
         if (fcntl(fd, F_SETLK, &lock) && (errno == EACCES || errno == EAGAIN)) {
-            if (fcntl(fd, F_GETLK, &lock) || lock.l_type == F_UNLCK) continue;
+            fcntl(fd, F_GETLK, &lock);
             fail(1, "%s: process %d is writing it; end that, or name another file", path,
                  (int)lock.l_pid);
         }  // file systems without locks go without
@@ -2980,7 +3004,8 @@ static void hold_file(const char *option, const char *path, int continued) {
             fail(2, "%s %s: the same file as %s", option, path, o->option);
     if (!n_held++) atexit(release_files);
     if (continued || stat(path, &there) || !there.st_size) return;
-    name_old(h);
+    if (!name_old(h)) fail(1, "%s: what is there cannot be kept as %s: %s", path, h->old,
+                           strerror(errno));
     h->step = step_in(path);
 }
 
@@ -2990,7 +3015,8 @@ static int keep_old(const char *path) {
     for (Held *h = held; h < held + n_held; h++) {
         if (!h->old || h->kept || strcmp(h->path, path)) continue;
         int failed;
-        while ((failed = link(path, h->old)) && errno == EEXIST) name_old(h);
+        while ((failed = link(path, h->old)) && errno == EEXIST)
+            if (!name_old(h)) return 0;
         if (failed && errno != ENOENT && rename(path, h->old)) return 0;
         h->kept = 1;
     }
@@ -3043,10 +3069,10 @@ static void hold_checkpoint(const char *option, const char *path, int continued)
 // Writes `path`.tmp and renames it when it is complete: a file that bears the name is whole, and it
 // keeps its mode. With settings, what a run needs to go on as if it had never stopped is written
 // too: the moments, the steps done, and the options that shape the run, in words. Data and
-// randomness follow from step and seed. A val_loss is noted if it is not NaN. Returns whether it
-// was written; if not, says so.
+// randomness follow from step and seed. `more` is metadata besides, in JSON, each after a comma.
+// Returns whether it was written; if not, says so.
 static int checkpoint_save(const Model *m, const char *path, long step, const char *settings,
-                           double val_loss) {
+                           const char *more) {
     char *temporary = with_ending(path, ".tmp");
     FILE *f = fopen(temporary, "wb");
     struct stat st;
@@ -3063,7 +3089,7 @@ static int checkpoint_save(const Model *m, const char *path, long step, const ch
     }
     if (step) fprintf(f, ",\"step\":\"%ld\"", step);
     if (settings) fprintf(f, ",\"settings\":\"%s\"", settings);
-    if (!isnan(val_loss)) fprintf(f, ",\"val_loss\":\"%.9f\"", val_loss);
+    fputs(more, f);
     fprintf(f, "}");
     for (int set = 0; set < sets; set++)
         for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
@@ -3396,10 +3422,11 @@ static void format_duration(char *text, double s) {  // at most 63 characters
     else sprintf(text, "%.0fs", s);
 }
 
-// Output on its way. A reader that has gone is no reason to lose a run.
+// Output on its way. A reader that has gone is no reason to lose a run, and one that does not read
+// is none to wait once a signal has come: what it does not take goes out after the last save.
 static void flush_output(void) {
     static int lost;
-    if (fflush(stdout) && !lost++)
+    if ((!stop_signal || takes_output(1)) && fflush(stdout) && errno != EINTR && !lost++)
         warn("standard output: cannot write: %s; the run goes on", strerror(errno));
 }
 
@@ -3450,7 +3477,7 @@ static void print_end(const Options *o, const Outputs *out, long done, long step
             printf("lowest validation loss %.4f (of --val-batches %d), after step %ld%s%s\n",
                    out->best, o->val_batches, out->best_step, o->save_best ? ": saved " : "",
                    o->save_best ? o->save_best : "");
-        if (!o->save && !o->save_best)
+        if (!o->save && !(o->save_best && out->best_step))
             printf("the model is gone: nothing is kept without --save FILE\n");
         if (o->save && !out->unsaved) printf("saved %s\n", o->save);
         for (Held *h = held; h < held + n_held; h++)
@@ -3504,17 +3531,19 @@ static void on_signal(int number) {
     if (!stop_signal) {
         first = ms, stop_signal = number;
         int from = !line_is_drawn;  // its first newline ends a drawn line
-        if (write(2, said + from, sizeof said - 1 - from) > 0) line_is_drawn = 0;
+        if (takes_output(2) && write(2, said + from, sizeof said - 1 - from) > 0) line_is_drawn = 0;
     }
     errno = error;
 }
 
 // What users, terminals and schedulers send to end a program; a file that has become too large for
 // its limit, too. One that was ignored before stays so (nohup), but for an interrupt, which shells
-// have ignored in the background. A reader of standard output that ends is no signal to end.
+// have ignored in the background. A reader of standard output that ends is no signal to end. A
+// write that waits for a reader is given up.
 static void catch_signals(void) {
-    static const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU, SIGXFSZ};
-    struct sigaction stop = {.sa_handler = on_signal, .sa_flags = SA_RESTART}, was;
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU, SIGXFSZ,
+                                  SIGALRM, SIGVTALRM, SIGPROF};
+    struct sigaction stop = {.sa_handler = on_signal}, was;
     sigfillset(&stop.sa_mask);
     for (int i = 0; i < (int)(sizeof signals / sizeof *signals); i++)
         if (signals[i] == SIGINT ||
@@ -3541,69 +3570,104 @@ static void log_begin(FILE *f, const Model *m, const char *settings) {
             settings_are, settings, VECTOR_BYTES, __VERSION__, log_columns);
 }
 
-// Opens the log. A resumed run keeps what stands before the rows and those of the steps that are
-// done, appends to them, and counts seconds on from the last; a log of other settings is refused.
-static FILE *log_open(const char *path, const Model *m, const char *settings, long done,
-                      double *seconds) {
-    char row[2048], *last;
+// Opens the log of a resumed run: what stands before the rows is kept, and rows of steps that are
+// done; seconds count on from the last. A log of other settings is refused.
+static FILE *log_resume(const char *path, const Model *m, long done, Outputs *out) {
+    char row[2048], *last, *is;
     long kept = 0;
-    FILE *f = fopen(path, done ? "a+b" : "wb");
+    FILE *f = fopen(path, "a+b");
     if (!f) fail(1, "%s: cannot write: %s", path, strerror(errno));
-    if (done) rewind(f);
-    while (done && fgets(row, sizeof row, f) && strchr(row, '\n') &&
-           (kept == 0 || atol(row) <= done)) {
-        size_t length = strlen(row) - 1;
-        if (!strncmp(row, settings_are, strlen(settings_are)) &&
-            (length != strlen(settings_are) + strlen(settings) ||
-             strncmp(row + strlen(settings_are), settings, strlen(settings))))
+    rewind(f);
+    while (fgets(row, sizeof row, f) && strchr(row, '\n') && (kept == 0 || atol(row) <= done)) {
+        size_t length = strlen(out->settings);
+        is = row + strlen(settings_are);
+        if (!strncmp(row, settings_are, is - row) &&
+            (strncmp(is, out->settings, length) || is[length] != '\n'))
             fail(1, "%s: the log of a run with other settings; will not go on with it", path);
         kept = ftell(f);
-        if (atol(row) && (last = strrchr(row, ','))) *seconds = atof(last + 1);
+        if (atol(row) && (last = strrchr(row, ','))) out->seconds = atof(last + 1);
     }
-    if (!kept) log_begin(f, m, settings);
-    else if (ftruncate(fileno(f), kept) || fseek(f, 0, SEEK_END))
+    if (ftruncate(fileno(f), kept) || fseek(f, 0, SEEK_END))
         fail(1, "%s: cannot write: %s", path, strerror(errno));
+    if (!kept) log_begin(f, m, out->settings);
     if (fflush(f)) fail(1, "%s: cannot write: %s", path, strerror(errno));
     return f;
 }
 
-static void log_row(Outputs *out, const Options *o, const Step *s, const Evaluation *e,
-                    double time) {
-    FILE *log = out->log;
-    if (!log) return;
-    fprintf(log, "%ld,%.6f,%.6e,%.6f,", s->number, s->loss, s->lr, s->norm);
-    if (!isnan(e->loss)) fprintf(log, "%.6f", e->loss);
-    fprintf(log, ",%.0f,%.3f\n", s->rate, out->seconds + time);
-    if (!fflush(log)) return;
+// Begins a log, with the mode of one that was there, which is kept beside it. NULL: it cannot be.
+static FILE *log_start(const char *path, const Model *m, const char *settings) {
+    struct stat st;
+    int replaces = !stat(path, &st);
+    if (replaces && (!keep_old(path) || (unlink(path) && errno != ENOENT))) return NULL;
+    FILE *f = fopen(path, "ab");  // what others append, or cut, leaves no holes
+    if (f && replaces) fchmod(fileno(f), st.st_mode & 07777);
+    if (f) log_begin(f, m, settings);
+    return f;
+}
+
+static void log_row(Outputs *out, const Model *m, const Options *o, const Step *s,
+                    const Evaluation *e, double time) {
+    if (!o->log || out->log_lost) return;
+    if (!out->log) out->log = log_start(o->log, m, out->settings);
+    if (out->log) {
+        fprintf(out->log, "%ld,%.6f,%.6e,%.6f,", s->number, s->loss, s->lr, s->norm);
+        if (!isnan(e->loss)) fprintf(out->log, "%.6f", e->loss);
+        fprintf(out->log, ",%.0f,%.3f\n", s->rate, out->seconds + time);
+        if (!fflush(out->log)) return;
+    }
     warn("%s: cannot write: %s; the run goes on without it", o->log, strerror(errno));
-    fclose(log);
-    out->log = NULL, out->failed = 1;
+    if (out->log) fclose(out->log);
+    out->log = NULL, out->log_lost = 1;
+}
+
+// Whether a --save-best file is of the run with these outputs.
+static int is_best_of(const char *path, const Outputs *out) {
+    if (access(path, F_OK)) return 0;
+    Checkpoint k = checkpoint_open(path);
+    const char *run = checkpoint_meta(&k, "run"), *validation = checkpoint_meta(&k, "validation");
+    int same = run && validation && !strcmp(run, out->settings) &&
+               !strcmp(validation, out->validation);
+    checkpoint_close(&k);
+    return same;
+}
+
+// What a resumed run's checkpoint knows of its validations, if their data is the same.
+static void restore_validation(Outputs *out, const char *path) {
+    Checkpoint k = checkpoint_open(path);
+    const char *is = checkpoint_meta(&k, "validation"), *last = checkpoint_meta(&k, "validated");
+    const char *loss = checkpoint_meta(&k, "best_val_loss");
+    const char *step = checkpoint_meta(&k, "best_step");
+    if (is && last && loss && step && !strcmp(is, out->validation)) {
+        out->validated = atol(last);
+        if (atol(step)) out->best = atof(loss), out->best_step = atol(step);
+    }
+    checkpoint_close(&k);
 }
 
 // Makes sure of every file that the run is to write, before it begins.
-static Outputs open_outputs(const Options *o, const Model *m, const char *settings, long done) {
-    Outputs out = {.settings = settings, .best = INFINITY};
+static Outputs open_outputs(const Options *o, const Model *m, const char *settings,
+                            const Data *val, long done) {
+    Outputs out = {.settings = settings, .best = INFINITY, .validated = done};
     const char *log = o->schedule.steps > 0 ? o->log : NULL;
+    snprintf(out.validation, sizeof out.validation, "%ld tokens (hash %08x), %d x %d x %d", val->n,
+             val->n ? hash_bytes(val->tokens, val->n * (long)sizeof *val->tokens) : 0,
+             o->val_batches, o->batch_size, o->seq_len);
     if (log) {
         check_replaceable(log, "log", log_title, log_columns, 0, 0);
         hold_file("--log", log, o->resume);
     }
     if (o->save) hold_checkpoint("--save", o->save, o->resume);
-    if (o->save_best) hold_checkpoint("--save-best", o->save_best, o->resume);
-    if (o->save_best && o->resume && !access(o->save_best, F_OK)) {
-        Checkpoint best = checkpoint_open(o->save_best);
-        const char *loss = checkpoint_meta(&best, "val_loss");
-        const char *step = checkpoint_meta(&best, "step");
-        if (loss && step) out.best = atof(loss), out.best_step = atol(step);
-        checkpoint_close(&best);
-    }
+    int own = o->resume && o->save_best && is_best_of(o->save_best, &out);
+    if (o->save_best) hold_checkpoint("--save-best", o->save_best, own);
+    if (o->resume) restore_validation(&out, o->save);
+    if (o->save_best && !own) out.best = INFINITY, out.best_step = 0;
     if (!log || done == o->schedule.steps) return out;
-    struct stat st;
-    int replaces = !o->resume && !stat(log, &st);
-    if (replaces && (!keep_old(log) || unlink(log)) && errno != ENOENT)
-        fail(1, "%s: cannot be put aside: %s", log, strerror(errno));
-    out.log = log_open(log, m, settings, done, &out.seconds);
-    if (replaces) fchmod(fileno(out.log), st.st_mode & 07777);
+    if (o->resume) out.log = log_resume(log, m, done, &out);
+    else {  // begun with the first row: until then what is there stays
+        FILE *f = fopen(log, "ab");
+        if (!f) fail(1, "%s: cannot write: %s", log, strerror(errno));
+        fclose(f);
+    }
     return out;
 }
 
@@ -3614,7 +3678,8 @@ static void print_kept(const Options *o) {
         if (h->step) printf("%s: holds step %ld; ", h->path, h->step);
         else printf("%s: exists; ", h->path);
         int unfinished = h->path == o->save && h->step && h->step < o->schedule.steps;
-        printf("%s keeps it as %s%s\n", h->kept ? "this run" : "the first save", h->old,
+        printf("%s keeps it as %s%s\n",
+               !strcmp(h->option, "--log") ? "the first step" : "the first save", h->old,
                unfinished ? " (to go on from it: --resume)" : "");
     }
 }
@@ -3629,11 +3694,18 @@ static int save_run(Outputs *out, Model *m, const Options *o, const int *x, cons
         fail(1, "step %ld: %s after it; not saved (a lower --learning-rate may help)", step,
              finite ? "the loss is not finite" : "weights or moments are not finite");
     if (out->log) fsync(fileno(out->log));  // after a crash it has at least the checkpoint's steps
-    return checkpoint_save(m, o->save, step, out->settings, NAN);
+    char more[400];
+    snprintf(more, sizeof more, ",\"validation\":\"%s\",\"validated\":\"%ld\","
+             "\"best_val_loss\":\"%.17g\",\"best_step\":\"%ld\"", out->validation,
+             out->validated, out->best_step ? out->best : 0, out->best_step);
+    return checkpoint_save(m, o->save, step, out->settings, more);
 }
 
-static void save_best(Outputs *out, const Model *m, const Options *o) {
-    if (!checkpoint_save(m, o->save_best, out->best_step, NULL, out->best)) out->failed = 1;
+static int save_best(const Outputs *out, const Model *m, const Options *o, long step, double loss) {
+    char more[1200];
+    snprintf(more, sizeof more, ",\"val_loss\":\"%.9f\",\"run\":\"%s\",\"validation\":\"%s\"",
+             loss, out->settings, out->validation);
+    return checkpoint_save(m, o->save_best, step, NULL, more);
 }
 
 // --- Options
@@ -3852,6 +3924,8 @@ static void check_options(void) {
     if (opt.save_every && !opt.save) fail(2, "--save-every: expected --save FILE too");
     opt.save = link_target(opt.save), opt.save_best = link_target(opt.save_best);
     opt.log = link_target(opt.log);
+    if (opt.load && opt.save && is_helper(opt.load, opt.save))
+        fail(2, "--load %s: --save %s writes it", opt.load, opt.save);
     if (opt.eval && opt.train_data && !opt.val_data)
         fail(2, "--eval: expected --val-data FILE too");
     if (opt.batch_size == -1) opt.batch_size = generating() ? 1 : 8;
@@ -3874,6 +3948,8 @@ static void check_schedule(const Inputs *in) {
     if (s->floor > s->peak)
         fail(2, "--min-lr %g: expected at most the learning rate, %g", s->floor, s->peak);
     if (s->warmup < 0) s->warmup = s->kind == CONSTANT ? 0 : (s->steps + 19) / 20;
+    if (!s->steps && (opt.log || opt.save_best))
+        fail(2, "--steps 0: expected no %s", opt.log ? "--log" : "--save-best");
 }
 
 // X_tokenizer.bin, if there is one, for data named X_train.bin or X_val.bin; else NULL.
@@ -4071,7 +4147,7 @@ int main(int argc, char **argv) {
     check_inputs(&in, m);
     if (!generating()) model_reserve(m, opt.batch_size, opt.seq_len, updating());
     Outputs out = {0};
-    if (training()) out = open_outputs(&opt, m, settings(&in.train), done);
+    if (training()) out = open_outputs(&opt, m, settings(&in.train), &in.val, done);
     if (!generating()) print_inputs(&in, m);
 
     if (generating()) generate_command(m, &opt, &in.tokenizer);
@@ -4083,7 +4159,7 @@ int main(int argc, char **argv) {
         m->dropout = opt.dropout;
         status = train(m, &opt, &in.train, in.val.n ? &in.val : NULL, &in.tokenizer, &out, done);
     } else if (opt.save) {
-        status = !checkpoint_save(m, opt.save, 0, NULL, NAN);
+        status = !checkpoint_save(m, opt.save, 0, NULL, "");
         if (!status) printf("saved %s\n", opt.save);
     }
     if ((fflush(stdout) || ferror(stdout)) && !status)

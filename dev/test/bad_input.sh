@@ -110,6 +110,10 @@ row 2 '--save-every: expected --save FILE too' --save-every 5
 row 2 '--resume: expected --save FILE, the run to go on with, and no --load' --resume
 row 2 '--resume: expected --save FILE, the run to go on with, and no --load' --resume --save run --load run
 
+row 2 '--steps 0: expected no --log' $tiny --train-data text --steps 0 --log z
+row 2 '--steps 0: expected no --save-best' $tiny --train-data text --val-data text --steps 0 --save-best z
+row 2 '--load m.tmp: --save m writes it' --load m.tmp --save m --train-data text
+
 # The model's shape
 
 row 2 'options: heads 3 does not divide channels 128' --heads 3 --train-data text
@@ -429,7 +433,7 @@ END
     begun=1 under='unshare -rm sh little_disk 40k'
     row 1 'full/model: not written: No space left on device (a file of that name is as it was)' $tiny --train-data text --steps 1 --sample-every 0 --save full/model
     under='unshare -rm sh little_disk 16k'
-    row 1 'full/log.csv: cannot write: No space left on device' $tiny --train-data text --steps 1 --sample-every 0 --log full/log.csv
+    row 1 'full/log.csv: cannot write: No space left on device; the run goes on without it' $tiny --train-data text --steps 1 --sample-every 0 --log full/log.csv
     begun= under=
 else echo "bad input: not run: full disk (no right to mount one here)"; fi
 

@@ -52,14 +52,14 @@ for signal in HUP INT USR1 USR2 TERM XCPU XFSZ; do
     step=$(sed -n "s/^stopped by signal $number (.*) after step \([0-9]*\); the same.*/\1/p" out)
     holds "signal $signal: saved" [ "$(step_in m)" = "$step" ]
     holds "signal $signal: a row a step" [ "$(grep -c '^[0-9]' m.csv)" = "$step" ]
-    holds "signal $signal: said at once" says err '^train_gpt2_mla: stopping after this step; again, in a second'
+    holds "signal $signal: said at once" says err '^train_gpt2_mla: stopping after this step; again'
 done
 holds "no file is left behind" [ "$(echo m*)" = "m m.csv" ]
 rm m; begin $endless --grad-accum 5000 --save m; sleep 0.1
 for i in 1 2 3; do kill $started; sleep 0.05; done
 holds "a signal that comes twice is one: exit status" ends 143
 holds "a signal that comes twice is one: saved" opens m
-rm m; (trap '' HUP; exec $RUN "$program" $endless --save m >out 2>err) & started=$!
+rm -f m out; (trap '' HUP; exec $RUN "$program" $endless --save m >out 2>err) & started=$!
 until grep -qs '^step' out; do :; done
 kill -s HUP $started; sleep 0.1; kill $started
 holds "nohup: goes on" ends 143
@@ -107,6 +107,12 @@ holds "no reader: said once" \
 rm m; { run $tiny --steps 9000 --print-every 1 --save m; echo $? >status; } 2>err | head -n 1 >line
 holds "a reader that ends: the run goes on" [ "$(step_in m)" = 9000 ]
 holds "a reader that ends: exit status" [ "$(cat status)" = 1 ]
+rm m; (exec 3<pipe; read -r line <&3; sleep 4) & reader=$!
+$RUN "$program" $endless --print-every 1 --save m >pipe 2>err & started=$!
+sleep 1; kill $started; sleep 1
+holds "a reader that does not read: saved" opens m
+wait $reader
+holds "a reader that does not read: exit status" ends 143
 rm m m.csv; run $tiny --steps 3 --save m --log m.csv >&- 2>&- <&-
 holds "all closed: the log has rows only" [ "$(grep -vc '^#' m.csv)" = 4 ]
 holds "all closed: saved" opens m
@@ -141,7 +147,8 @@ begin $endless --save m --log m.csv; kill $started; wait $started; stopped=$(ste
 holds "without --resume: said" \
     says out '^m: holds step 20; the first save keeps it as m.old (to go on from it: --resume)$'
 holds "without --resume: the old one is kept" [ "$(step_in m.old)" = 20 ]
-holds "without --resume: said of the log" says out '^m.csv: exists; this run keeps it as m.csv.old$'
+holds "without --resume: said of the log" \
+    says out '^m.csv: exists; the first step keeps it as m.csv.old$'
 holds "without --resume: the old log is kept" [ "$(tail -n 1 m.csv.old | cut -d, -f1)" = 20 ]
 holds "without --resume: said at the end" says out '^m.old has step 20 of before: to go on from it'
 run $tiny --steps 4 --save m >out
@@ -158,6 +165,14 @@ holds "no loss in a log's rows without a validation" \
 holds "--resume: the log's seconds go on" \
     awk -F, '/^[0-9]/ { bad += $7 < last; last = $7 } END { exit bad || last < 0.5 }' m.csv
 
+begin $endless --save m --log m.csv --resume; : >m.csv; sleep 0.2; kill $started; wait $started
+holds "a log that is emptied: no holes" [ "$(tr -d '\0' <m.csv | wc -c)" = "$(wc -c <m.csv)" ]
+rm m.csv; begin $endless --save m --log m.csv; kill $started; wait $started; cp m.csv was
+slow="$tiny --steps 9 --grad-accum 65536 --batch-size 64"
+$RUN "$program" $slow --save m --log m.csv >out 2>err & started=$!
+until grep -qs threads out; do :; done; kill -s KILL $started; wait $started 2>/dev/null
+holds "killed before its first step: log and checkpoint stay" cmp m.csv was
+rm -f m m.*; begin $endless --save m --log m.csv; kill $started; wait $started
 grep -v '^#' m.csv >older.csv  # as earlier versions began it; the next rows are of steps not saved
 cp older.csv m.csv; step=$(step_in m)
 printf '%d,1,1,1,,1,9\n%d,' $((step + 1)) $((step + 2)) >>m.csv
@@ -232,6 +247,9 @@ if disk 40k true; then
         [ "$(grep -c '^train_gpt2_mla: full/m: not written: No space' err)" = 9 ]
     holds "save's disk full: the run goes on" says out '^step 40/40'
     holds "save's disk full: not called saved" lacks out '^saved'
+    disk 8k $RUN "$program" $tiny --steps 9 --val-data text --save-best full/b
+    holds "best's disk full: exit status" [ $? = 1 ]
+    holds "best's disk full: not called saved" lacks out 'saved full/b'
     disk 8k $RUN "$program" $tiny --steps 0 --vocab-size 256 --save full/m
     holds "initial model, disk full: exit status" [ $? = 1 ]
 else echo "runs: not run: full disk (no right to mount one here)"; fi
@@ -290,12 +308,27 @@ at=$(grep "loss $best " out | head -n 1 | tr -dc '0-9/ ' | tr / ' ' | awk '{ pri
 holds "lowest validation loss: said" \
     says out "^lowest validation loss $(printf %.4f "$best") (of .*), after step $at: saved b$"
 holds "--save-best: its loss" [ "$(opens b | sed -n 's/^loss \([0-9.]*\) .*/\1/p')" = "$best" ]
+cat text $source | head -c 2000 >other  # the last validation takes all of it, those before a part
+parts="$tiny --schedule constant --learning-rate 0.02"
+parts="$parts --val-data other --val-batches 2 --val-every 5"
+run $parts --steps 45 | sed -n 's/^val .* loss \([0-9.]*\) .*/\1/p' | head -n 8 | sort -n >losses
+run $parts --steps 40 --save-best b --save m >out
+in_best() { grep -ao '"val_loss":"[0-9.]*' "$1" | tr -dc 0-9. | cut -c1-10; }
+holds "--save-best compares like with like" [ "$(in_best b)" = "$(head -n 1 losses | cut -c1-10)" ]
+
+# A resumed run knows its lowest loss; a best that is not its own is put aside.
 rm -f m* b*; begin $endless --val-data text --val-every 5 --save m --save-best b
 until [ -e b ]; do :; done; kill $started; wait $started
-sed -i 's/"val_loss":"[0-9]/"val_loss":"0/' b; cp b before  # better than any that will come
+sed -i 's/"best_val_loss":"[0-9]/"best_val_loss":"0/' m; cp b before  # better than any to come
 begin $endless --val-data text --val-every 5 --save m --save-best b --resume
 kill $started; wait $started
 holds "--save-best goes on from the best there is" cmp b before
+holds "--save-best that is the run's own is not put aside" [ ! -e b.old ]
+begin $endless --val-data other --val-every 5 --save m --save-best b --resume
+until [ -e b.old ]; do :; done; kill $started; wait $started
+holds "a best on other data is put aside" cmp b.old before
+rm -f b*; begin $endless --val-data text --val-every 5 --save-best b; kill $started; wait $started
+[ -e b ] || holds "--save-best alone, stopped too soon: said" says out '^the model is gone'
 
 # --- Generation
 
@@ -312,11 +345,6 @@ holds "--stop, each sequence by itself" \
     [ "$(generate --prompt To --batch-size 2 --stop 'e,' | tr '\n' '|')" = "To be,|To be,|" ]
 nucleus() { run --load m --generate 8 --temperature 5 --top-p 0.000001 --prompt To 2>err; }
 holds "--top-p" [ "$(nucleus)" = "To be, or" ]
-no_letter_twice() {
-    run --load m --generate $2 --repetition-penalty 1000 --temperature 0 --prompt "$1" 2>err |
-        head -n 1 | tr -d "\n" | fold -w 1 | sort | uniq -d | wc -l
-}
-holds "--repetition-penalty" [ "$(no_letter_twice "To be" 3) $(no_letter_twice T 6)" = "0 0" ]
 holds "--name=value" \
     [ "$(run --load=m --generate=8 --temperature=0 --prompt=To 2>err)" = "To be, or" ]
 
