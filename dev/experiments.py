@@ -228,6 +228,9 @@ def run_experiment(name, options, folder):
                  **compare.parse_options(text, row)}
         if options.quick:
             words["--steps"] = "300"
+        if not Path(words["--train-data"]).exists():
+            raise SystemExit(f"{words['--train-data']}: not there; python3 dev/novels.py makes the "
+                             "novels (--vocab 10000: as tokens), make shakespeare the rest")
         compare.add_data(words)
         model = compare.probe(program, words)
         for rate in RATES if name == "rates" else [rate_of(row, text, folder)]:

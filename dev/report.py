@@ -106,6 +106,9 @@ PAIRS = [
     ("learned", "mla learned, layernorm", "mha learned"),
     ("learned", "mla learned", "mla learned, layernorm"),
     ("size", "25M mla decoupled", "25M mqa rope"),
+    ("quality", "gqla decoupled", "mla decoupled"),
+    ("quality", "mqa rope, wider", "mqa rope"),
+    ("learned", "mla learned, rank 128", "mla learned"),
 ]
 HIGH_RATE = ["mla, layernorm", "mla, rmsnorm", "mla, query latent, no norm"]
 
@@ -259,7 +262,7 @@ TABLES = {
     "time": time_table,
     **{name: lambda name=name: modified_table(name)
        for name in ("qk_norm", "qk_norm_high_rate", "rotary_keys_per_head",
-                    "tied_keys_and_values")},
+                    "tied_keys_and_values", "tied_alone")},
 }
 
 
