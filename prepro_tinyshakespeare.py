@@ -56,6 +56,21 @@ CUT = re.compile(rb"[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf](?=[ \n])")
 
 # ---- Files and errors: sys.exit with a string prints that one line and exits with status 1 ------
 
+def say(text="", **how):
+    """print, which a reader that has gone, or a full disk, does not end: the files matter."""
+    try:
+        print(text, flush=True, **how)
+    except OSError as e:
+        sys.stderr.write(f"error: standard output: cannot write: {e.strerror}; going on\n")
+        sys.stdout = open(os.devnull, "w")
+
+
+def show_progress(text):
+    """On a terminal, in place; a newline ends it."""
+    if sys.stdout.isatty():
+        say(text, end="")
+
+
 def one_line(error):
     """An exception's message on a single line (some libraries' messages have several)."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -81,7 +96,11 @@ def read_file(path, option):
 def write_files(files):
     """Write every file of {path: bytes}, or none: a new vocabulary beside old tokens would be worse
     than an error. So all are written beside their final names first, and renamed at the end."""
+    files = {os.path.realpath(path): content for path, content in files.items()}  # a link stays
     parts = {path: f"{path}.{os.getpid()}.part" for path in files}
+    for path in files:
+        if os.path.exists(path) and not os.stat(path).st_mode & 0o222:
+            sys.exit(f"error: {path}: exists and is read-only; will not replace it")
     try:
         for path, content in files.items():
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -108,7 +127,7 @@ def difference(text):
 
 def fetch(url):
     """Download tinyshakespeare, into memory: so a failure has no half file to clean up."""
-    print(f"fetching {url}", flush=True)
+    say(f"fetching {url}")
     text = bytearray()
     try:
         with urllib.request.urlopen(url, timeout=30) as reply:
@@ -120,8 +139,7 @@ def fetch(url):
                 if not chunk:
                     break
                 text += chunk
-                print(f"\r  {len(text)} of {SIZE} bytes ({100 * len(text) // SIZE}%)",
-                      end="", flush=True)
+                show_progress(f"\r  {len(text)} of {SIZE} bytes ({100 * len(text) // SIZE}%)")
         if len(text) < SIZE:  # a connection cut half way looks like the end of the file
             raise ValueError(f"connection closed: found {len(text)} bytes, expected {SIZE}")
         if difference(text):
@@ -134,17 +152,20 @@ def fetch(url):
                  f"python3 prepro_tinyshakespeare.py --input FILE, or name a mirror with --url")
     finally:
         if text:
-            print()  # end the progress line
+            show_progress("\n")
 
 
 def get_texts(args):
     """{file's name: text}, from --input, from an earlier run or from the network."""
     kept = os.path.join(args.out_dir, "tinyshakespeare.txt")
     if args.input is not None:
+        for path in args.input:
+            if args.input.count(path) > 1:
+                sys.exit(f"error: --input {path}: given twice")
         texts = {path: read_file(path, "--input") for path in args.input}
         for path, text in texts.items():
             if difference(text):
-                print(f"note: {path} is not the known tinyshakespeare ({difference(text)}), "
+                say(f"note: {path} is not the known tinyshakespeare ({difference(text)}), "
                       f"so losses will not compare")
             elif not os.path.exists(kept):
                 write_files({kept: text})  # so that a later run need not be told again
@@ -154,7 +175,7 @@ def get_texts(args):
         if difference(text):
             sys.exit(f"error: {kept}: {difference(text)}; delete it to fetch it again, "
                      f"or pass it as --input to use it as it is")
-        print(f"using {kept} from an earlier run, nothing fetched")
+        say(f"using {kept} from an earlier run, nothing fetched")
     else:
         text = fetch(args.url)
         write_files({kept: text})
@@ -197,9 +218,9 @@ def chunks(part, what):
                 at = end
                 if 100 * done // size > shown:
                     shown = 100 * done // size
-                    print(f"\r{what}: {done} of {size} bytes ({shown}%)", end="", flush=True)
+                    show_progress(f"\r{what}: {done} of {size} bytes ({shown}%)")
     finally:
-        print()  # end the progress line
+        show_progress("\n")
 
 
 # ---- Tokenizers: the bytes of every token, the id that ends a text, and a function bytes -> ids --
@@ -360,12 +381,12 @@ def main():
     write_files(files)
 
     for path, line in zip(files, summary):
-        print(f"{path:<{len(base) + len('tokenizer.bin')}}  {line}")
+        say(f"{path:<{len(base) + len('tokenizer.bin')}}  {line}")
     command = "./train_gpt2_mla"
     if args.out_dir != "data":  # where the trainer looks by itself
         for option, path in zip(("--train-data", "--val-data", "--tokenizer"), files):
             command += f" {option} {shlex.quote(path)}"
-    print(f"now run: {command}")
+    say(f"now run: {command}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 the split falls, and that a text takes at most five times its size in memory. What has to do with a
 BPE needs a package (pip install tokenizers), and is left out without it."""
 
+import contextlib
 import importlib.util
+import os
 import random
 import resource
 import subprocess
@@ -16,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import prepro_tinyshakespeare as prepro
 
-prepro.print = lambda *what, **how: None
+prepro.say = lambda *what, **how: None
+PREPRO = [sys.executable, ROOT / "prepro_tinyshakespeare.py"]
 BLANKS = "       \n\n\t\r\x85\xa0\u1680\u2000\u200a\u2028\u202f\u205f\u3000"
 
 
@@ -30,18 +33,25 @@ def prepare(folder, texts, *options):
     names = [Path(folder, f"{i}.txt") for i in range(len(texts))]
     for name, text in zip(names, texts):
         name.write_bytes(text)
-    run = subprocess.run([sys.executable, ROOT / "prepro_tinyshakespeare.py", "--out-dir", folder,
-                          *[f"--input={name}" for name in names], *options],
-                         capture_output=True, text=True)
+    terminal, its_end = os.openpty()  # progress is for terminals
+    run = subprocess.Popen([*PREPRO, "--out-dir", folder, *[f"--input={name}" for name in names],
+                            *options], stdout=its_end, stderr=subprocess.PIPE, text=True)
+    os.close(its_end)
+    said = b""
+    with contextlib.suppress(OSError):  # its end, when the program's is closed
+        while chunk := os.read(terminal, 65536):
+            said += chunk
+    os.close(terminal)
+    error = run.communicate()[1]
     if run.returncode:
-        return run.stderr
+        return error
     train, val = (array("H", Path(folder, f"tinyshakespeare_{part}.bin").read_bytes()[1024:])
                   for part in ("train", "val"))
     known, tokens = Path(folder, "tinyshakespeare_tokenizer.bin").read_bytes()[1024:], []
     while known:
         tokens.append(known[1:1 + known[0]])
         known = known[1 + known[0]:]
-    return train.tolist(), val.tolist(), tokens, run.stdout
+    return train.tolist(), val.tolist(), tokens, said.decode().replace("\r\n", "\n")
 
 
 def random_text(draw, letters, n_words):
@@ -67,6 +77,28 @@ def test_bytes(folder):
                texts)
 
 
+def test_files(folder):
+    """Links and read-only files stay; a reader that ends does not end it; no progress in a pipe."""
+    text = Path(folder, "text")
+    text.write_bytes(b"0123456789" * 10)
+    val = Path(folder, "tinyshakespeare_val.bin")
+    val.rename(Path(folder, "linked"))
+    val.symlink_to("linked")
+    command = [*PREPRO, "--out-dir", folder, "--input", text]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    expect(val.is_symlink() and "%" not in run.stdout, run.stdout)
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    expect(run.returncode == 0 and run.stderr.count("\n") == 1, run.stderr)
+    val.chmod(0o444)
+    run = subprocess.run(command, capture_output=True, text=True)
+    expect(run.returncode == 1 and run.stderr.endswith("is read-only; will not replace it\n"),
+           run.stderr)
+    run = subprocess.run([*command, "--input", text], capture_output=True, text=True)
+    expect(run.returncode == 1 and run.stderr.endswith("text: given twice\n"), run.stderr)
+    val.unlink()
+
+
 def test_chunks(draw):
     """They are the text, and no cut lies beside a blank that might go with what is before it."""
     text = random_text(draw, "abc\xe9\u4e16\u300c\u300d1\u0663.'", 40000).encode()
@@ -80,7 +112,9 @@ def test_chunks(draw):
 def test_bpe(folder, draw):
     """End of text before each text, what is between are the ids of the whole; several chunks."""
     texts = [random_text(draw, "abc\xe9\u4e16\u300c\u300d1\u0663.'", n) for n in (20000, 9000, 300)]
-    train, val, tokens, _ = prepare(folder, [text.encode() for text in texts], "--vocab", "400")
+    found = prepare(folder, [text.encode() for text in texts], "--vocab", "400")
+    expect(len(found) == 4, found)
+    train, val, tokens, _ = found
     eot = 399
     expect(tokens[eot] == b"<|endoftext|>" and len(tokens) == 400, tokens[-1])
     expect(train.count(eot) == 2 and train[0] == eot and val.count(eot) == 1, "ends of text")
@@ -108,6 +142,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         memory = test_memory(folder, random.Random(1))  # first: the largest of all runs counts
         test_bytes(folder)
+        test_files(folder)
         test_chunks(random.Random(2))
         if bpe:
             test_bpe(folder, random.Random(3))
