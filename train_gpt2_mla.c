@@ -3481,7 +3481,7 @@ static void print_end(const Options *o, const Outputs *out, long done, long step
             printf("the model is gone: nothing is kept without --save FILE\n");
         if (o->save && !out->unsaved) printf("saved %s\n", o->save);
         for (Held *h = held; h < held + n_held; h++)
-            if (h->kept && h->step)
+            if (h->kept && h->step && h->path == o->save)
                 printf("%s has step %ld of before: to go on from it, move it back to %s%s\n",
                        h->old, h->step, h->path, o->log ? ", and the log" : "");
     }
