@@ -313,8 +313,8 @@ parts="$tiny --schedule constant --learning-rate 0.02"
 parts="$parts --val-data other --val-batches 2 --val-every 5"
 run $parts --steps 45 | sed -n 's/^val .* loss \([0-9.]*\) .*/\1/p' | head -n 8 | sort -n >losses
 run $parts --steps 40 --save-best b --save m >out
-in_best() { grep -ao '"val_loss":"[0-9.]*' "$1" | tr -dc 0-9. | cut -c1-10; }
-holds "--save-best compares like with like" [ "$(in_best b)" = "$(head -n 1 losses | cut -c1-10)" ]
+in_best() { grep -ao '"val_loss":"[0-9.]*' "$1" | tr -dc '0-9.\n' | awk '{ printf "%.8f", $1 }'; }
+holds "--save-best compares like with like" [ "$(in_best b)" = "$(head -n 1 losses)" ]
 
 # A resumed run knows its lowest loss; a best that is not its own is put aside.
 rm -f m* b*; begin $endless --val-data text --val-every 5 --save m --save-best b
