@@ -29,6 +29,9 @@ tiny='--attention mha --layers 1 --heads 2 --channels 8 --seq-len 8 --train-data
 tiny="$tiny --sample-every 0"
 endless="$tiny --steps 100000000"
 
+speed=$(run $tiny --steps 30 | sed -n 's/.*, \([0-9]*\) tokens.s$/\1/p')
+micro_batches() { echo $((speed * $1 / 64000 + 1)); }  # for a step of so many milliseconds
+
 begin() {  # starts a run in the background, and waits for its first step; $started is its process
     rm -f out
     $RUN "$program" "$@" >out 2>err & started=$!
@@ -55,7 +58,7 @@ for signal in HUP INT USR1 USR2 TERM XCPU XFSZ; do
     holds "signal $signal: said at once" says err '^train_gpt2_mla: stopping after this step; again'
 done
 holds "no file is left behind" [ "$(echo m*)" = "m m.csv" ]
-rm m; begin $endless --grad-accum 5000 --save m; sleep 0.1
+rm m; begin $endless --grad-accum $(micro_batches 500) --save m; sleep 0.1
 for i in 1 2 3; do kill $started; sleep 0.05; done
 holds "a signal that comes twice is one: exit status" ends 143
 holds "a signal that comes twice is one: saved" opens m
@@ -81,7 +84,7 @@ sleep 0.3; kill $started; sleep 1.2; kill $started
 holds "a second signal a second later: exit status" ends 143
 holds "a second signal a second later: unsaved" [ ! -e m ]
 holds "a second signal a second later: the next run begins" run $tiny --steps 1 --save m
-rm m; begin $endless --grad-accum 20000 --save m; sleep 0.1
+rm m; begin $endless --grad-accum $(micro_batches 2000) --save m; sleep 0.1
 for i in 1 2 3; do kill -s XCPU $started; sleep 0.6; done
 wait $started
 holds "the limit of time comes again and again: exit status" [ "$(kill -l $?)" = XCPU ]
