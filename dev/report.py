@@ -333,7 +333,10 @@ def decoding_figure(path, batch=1):
                                  (7, 4.8))
     colours = {}  # one a kind and cache; ranks differ in their lines
     for row in dict.fromkeys(line[2] for line in table):
-        colour = colours.setdefault(row.split(", R=")[0], plot.COLOURS[len(colours)])
+        kind = row.split(", R=")[0]
+        if kind not in colours:
+            colours[kind] = plot.COLOURS[len(colours)]
+        colour = colours[kind]
         own = [(int(line[0]), float(line[5])) for line in table
                if line[2] == row and int(line[1]) == batch]
         axes.plot(*zip(*own), marker="o", markersize=3.5, color=colour, label=row,
