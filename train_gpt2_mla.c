@@ -1983,8 +1983,8 @@ static int takes_output(int fd) {  // without waiting for a reader
 }
 
 static void print_error(const char *format, va_list args) {
-    if (stop_signal && !(takes_output(1) && takes_output(2))) return;
-    fflush(stdout);
+    if (!stop_signal || takes_output(1)) fflush(stdout);
+    if (stop_signal && !takes_output(2)) return;
     if (line_is_drawn) fputc('\n', stderr);
     line_is_drawn = 0;
     fputs("train_gpt2_mla: ", stderr);
@@ -2988,13 +2988,13 @@ static void hold_file(const char *option, const char *path, int continued) {
             fail(2, "%s %s: too near to %s %s, beside which others are written", option, path,
                  o->option, o->path);
     for (int fd;; close(fd)) {
-        fd = open(h->lock, O_RDWR | O_CREAT, 0666);
+        fd = open(h->lock, O_RDWR | O_CREAT | O_NOFOLLOW, 0666);
         if (fd < 0 || fstat(fd, &h->is)) fail(1, "%s: cannot write: %s", path, strerror(errno));
         if (h->is.st_size) fail(1, "%s: exists and is no lock of this program", h->lock);
         if (fcntl(fd, F_SETLK, &lock) && (errno == EACCES || errno == EAGAIN)) {
             fcntl(fd, F_GETLK, &lock);
-            fail(1, "%s: process %d is writing it; end that, or name another file", path,
-                 (int)lock.l_pid);
+            fail(1, "%s: another run (process %d) is writing it; end that, or name another file",
+                 path, (int)lock.l_pid);
         }  // file systems without locks go without
         // its owner may have ended, and removed it, since it was opened
         if (!stat(h->lock, &there) && h->is.st_ino == there.st_ino) break;
@@ -3017,7 +3017,8 @@ static int keep_old(const char *path) {
         int failed;
         while ((failed = link(path, h->old)) && errno == EEXIST)
             if (!name_old(h)) return 0;
-        if (failed && errno != ENOENT && rename(path, h->old)) return 0;
+        if (failed && errno == ENOENT) h->step = 0;  // it was removed: nothing is kept
+        else if (failed && rename(path, h->old)) return 0;
         h->kept = 1;
     }
     return 1;
