@@ -166,7 +166,7 @@ def get_texts(args):
         for path, text in texts.items():
             if difference(text):
                 say(f"note: {path} is not the known tinyshakespeare ({difference(text)}), "
-                      f"so losses will not compare")
+                    f"so losses will not compare")
             elif not os.path.exists(kept):
                 write_files({kept: text})  # so that a later run need not be told again
         return texts

@@ -247,6 +247,7 @@ static void print_end(const Options *o, const Outputs *out, long done, long step
                       double stepping);
 static void log_row(Outputs *out, const Model *m, const Options *o, const Step *s,
                     const Evaluation *e, double time);
+static void log_validation(Outputs *out, double loss);  // into the last row, which lacks it
 // Returns whether it was written. Ends the program, with the file as it was, unless weights and
 // moments are finite, and the loss of the batch x, y with them.
 static int save_run(Outputs *out, Model *m, const Options *o, const int *x, const int *y,
@@ -1340,6 +1341,7 @@ struct Outputs {
     const char *settings;      // what a checkpoint says of the run
     char validation[120];      // and of the validation data, and how much of it is taken
     double seconds;            // of the run before it was interrupted, as its log has them
+    long last_row;             // where the log's last row begins
     double best;               // the lowest validation loss yet, INFINITY before there is one
     long best_step, validated; // and after which step; the last step with a validation
     int log_lost, best_lost, unsaved;  // could not be written
@@ -1444,7 +1446,8 @@ static int train(Model *m, const Options *o, const Data *data, const Data *val,
     Cache *cache = o->sample_every ? sample_cache(m, T) : NULL;
     catch_signals();
     if (done && out->validated < done && validates_at(o, val, done)) {  // it was cut short
-        validate(m, o, val, tokenizer, out, done);
+        Evaluation e = validate(m, o, val, tokenizer, out, done);
+        if (out->log && !isnan(e.loss)) log_validation(out, e.loss);
         saved = -1;
     }
     double start = seconds(), stepping = 0;  // stepping: time without validation and samples
@@ -3585,6 +3588,7 @@ static FILE *log_resume(const char *path, const Model *m, long done, Outputs *ou
         if (!strncmp(row, settings_are, is - row) &&
             (strncmp(is, out->settings, length) || is[length] != '\n'))
             fail(1, "%s: the log of a run with other settings; will not go on with it", path);
+        out->last_row = kept;
         kept = ftell(f);
         if (atol(row) && (last = strrchr(row, ','))) out->seconds = atof(last + 1);
     }
@@ -3593,6 +3597,15 @@ static FILE *log_resume(const char *path, const Model *m, long done, Outputs *ou
     if (!kept) log_begin(f, m, out->settings);
     if (fflush(f)) fail(1, "%s: cannot write: %s", path, strerror(errno));
     return f;
+}
+
+static void log_validation(Outputs *out, double loss) {
+    char row[200] = "", *gap;
+    fseek(out->log, out->last_row, SEEK_SET);
+    if (!fgets(row, sizeof row, out->log) || !(gap = strstr(row, ",,"))) return;
+    if (ftruncate(fileno(out->log), out->last_row) || fseek(out->log, 0, SEEK_END)) return;
+    fprintf(out->log, "%.*s,%.6f%s", (int)(gap - row), row, loss, gap + 1);
+    fflush(out->log);
 }
 
 // Begins a log, with the mode of one that was there, which is kept beside it. NULL: it cannot be.
@@ -3660,9 +3673,9 @@ static Outputs open_outputs(const Options *o, const Model *m, const char *settin
     if (o->save) hold_checkpoint("--save", o->save, o->resume);
     int own = o->resume && o->save_best && is_best_of(o->save_best, &out);
     if (o->save_best) hold_checkpoint("--save-best", o->save_best, own);
-    if (o->resume) restore_validation(&out, o->save);
+    if (o->resume && val->n) restore_validation(&out, o->save);
     if (o->save_best && !own) out.best = INFINITY, out.best_step = 0;
-    if (!log || done == o->schedule.steps) return out;
+    if (!log || (done == o->schedule.steps && out.validated == done)) return out;
     if (o->resume) out.log = log_resume(log, m, done, &out);
     else {  // begun with the first row: until then what is there stays
         FILE *f = fopen(log, "ab");

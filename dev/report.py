@@ -142,20 +142,6 @@ def programs_table():
     return markdown(["row", "C: loss (sd), seeds", "PyTorch", "difference"], lines)
 
 
-def size_table():
-    """Every size against its own mha"""
-    found, lines = losses("size"), []
-    for size in ("6M", "25M"):
-        rows = rows_of("size", has=size)
-        for row in rows:
-            entry = entry_of("size", row)
-            beside = compare.paired(found[row], found[rows[0]], len(rows) - 1)
-            lines.append([row, entry["parameters"], entry["cache"], str(len(found[row])),
-                          mean_sd(found[row].values()), difference(beside) if row != rows[0] else ""])
-    return markdown(["row", "parameters", "cache", "seeds", "validation loss (sd)",
-                     "difference to mha"], lines)
-
-
 def data_table():
     """mla against mha on other data; bits per byte where tokens are not bytes"""
     found, bits, lines = losses("data"), {}, []
@@ -255,7 +241,8 @@ TABLES = {
     "changes": changes_table,
     "learned": lambda: against_first_table("learned"),
     "rank": lambda: against_first_table("rank"),
-    "size": size_table,
+    **{f"size {size}": lambda size=size: against_first_table("size", rows_of("size", has=size))
+       for size in ("6M", "25M")},
     "data": data_table,
     "programs": programs_table,
     "pairs": pairs_table,

@@ -97,6 +97,15 @@ holds "the last validation is cut short: exit status" ends 143
 holds "the last validation is cut short: said" says out '^the last validation was stopped by sig'
 rm long
 
+rm -f m m.csv; run $tiny --steps 20 --val-data text --save m --log m.csv >out
+cp m whole; cp m.csv whole.csv
+sed -i 's/"validated":"20"/"validated":"00"/' m  # as if the last validation had been cut short
+sed -i '$ s/^\([0-9]*,[^,]*,[^,]*,[^,]*\),[^,]*,/\1,,/' m.csv
+run $tiny --steps 20 --val-data text --save m --log m.csv --resume >out
+holds "a validation that was cut short is made up" says out '^val  20/20 | loss '
+holds "a validation that was cut short comes into the log" cmp m.csv whole.csv
+holds "a validation that was cut short: the checkpoint is the same" cmp m whole
+
 # --- A reader of standard output that ends, or is not there
 
 mkfifo pipe
