@@ -558,12 +558,11 @@ def main():
                 parsed[name], took = match_parameters(program, parsed[name], wanted)
                 print(f"{name}: {took}, to have {options.match_params}'s {wanted} parameters")
     for name, one in parsed.items():
-        for binary in filter(None, [old, program]):
-            if old:
-                label = f"{name} {options.against}" if binary == old else name
-                base = None if binary == old else len(table) - 1
-            else:
-                label, base = name, 0 if table else None
+        if old:
+            versions = [(f"{name} {options.against}", old, None), (name, program, len(table))]
+        else:
+            versions = [(name, program, 0 if table else None)]
+        for label, binary, base in versions:
             model = probe(binary, one)
             runs = [Run(label, binary, one, seed, model, out, hashes) for seed in options.seeds]
             runs = [known.setdefault(run.stem, run) for run in runs]

@@ -95,6 +95,30 @@ def test_runs(folder):
     assert [row["val_loss"] for row in resumed] == [row["val_loss"] for row in alone]
 
 
+def test_against(folder):
+    """A change that does nothing: the same bytes, or other bytes of the same arithmetic."""
+    if not (ROOT / ".git").exists():
+        print("test_against: not run, this is no clone")
+        return
+    data, tree = folder / "text", folder / "tree"
+    data.write_bytes((ROOT / "train_gpt2_mla.c").read_bytes()[:20000])
+    subprocess.run(["git", "clone", "-q", ROOT, tree], check=True)
+    program, help_text = tree / "train_gpt2_mla.c", '"this text"'
+    for change in ("// nothing\n", '"this very text"'):
+        text = program.read_text()
+        assert text.count(help_text) == 1
+        program.write_text(change + text if change[0] == "/" else text.replace(help_text, change))
+        ran = subprocess.run(
+            [sys.executable, "dev/compare.py", "--against", "HEAD", "--seeds", "1-2", "--common",
+             f"--train-data {data} --val-data {data} {TINY} --steps 30", "--json", "o.json"],
+            cwd=tree, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        old, new = json.loads((tree / "o.json").read_text())["rows"]
+        assert (old["name"], new["name"]) == ("default HEAD", "default"), ran.stdout
+        assert new["difference"]["verdict"] == "exactly the same", ran.stdout
+        assert ("byte for byte" in ran.stdout) == (change[0] == "/"), ran.stdout
+
+
 def test_keys(folder):
     """What else a run is known by: its data's bytes, and on a GPU PyTorch's script and how."""
     data, program = folder / "data", str(ROOT / compare.PROGRAM)
@@ -185,7 +209,8 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         test_statistics()
-        for test in (test_runs, test_keys, test_rates, test_refusals, test_matching, test_plot):
+        for test in (test_runs, test_against, test_keys, test_rates, test_refusals, test_matching,
+                     test_plot):
             test(folder)
             print(f"{test.__name__}: as expected", flush=True)
 
