@@ -84,7 +84,7 @@ sleep 0.3; kill $started; sleep 1.2; kill $started
 holds "a second signal a second later: exit status" ends 143
 holds "a second signal a second later: unsaved" [ ! -e m ]
 holds "a second signal a second later: the next run begins" run $tiny --steps 1 --save m
-rm m; begin $endless --grad-accum $(micro_batches 2000) --save m; sleep 0.1
+rm m; begin $endless --grad-accum $(micro_batches 4000) --save m; sleep 0.1
 for i in 1 2 3; do kill -s XCPU $started; sleep 0.6; done
 wait $started
 holds "the limit of time comes again and again: exit status" [ "$(kill -l $?)" = XCPU ]
@@ -125,7 +125,13 @@ sleep 1; kill $started; sleep 1
 holds "a reader that does not read: saved" opens m
 wait $reader
 holds "a reader that does not read: exit status" ends 143
-rm m m.csv; run $tiny --steps 3 --save m --log m.csv >&- 2>&- <&-
+rm m; exec 3<>pipe  # now a pipe that is full before the line of the step at hand is written
+$RUN "$program" $endless --grad-accum $(micro_batches 2500) --save m >pipe 3<&- 2>err & started=$!
+sleep 0.5; timeout 1 cat /dev/zero >pipe; kill $started
+for i in 1 2 3 4 5 6 7 8 9; do [ -e m ] || sleep 1; done
+holds "a full pipe: saved" opens m
+exec 3<&-; wait $started 2>/dev/null
+rm -f m m.csv; run $tiny --steps 3 --save m --log m.csv >&- 2>&- <&-
 holds "all closed: the log has rows only" [ "$(grep -vc '^#' m.csv)" = 4 ]
 holds "all closed: saved" opens m
 run $tiny --steps 3 --log only.csv >&- 2>&- <&-
@@ -236,9 +242,11 @@ holds "a file that took the name meanwhile: the next is taken" [ "$(step_in b.ol
 rm -f m m.* there/*
 ( ulimit -f 128 && run $tiny --steps 1000000 --save m --log m.csv >out 2>err
 echo $? >status )
-holds "file-size limit: the log" says err 'm.csv: cannot write: File too large; the run goes on without'
+holds "file-size limit: the log" \
+    says err 'm.csv: cannot write: File too large; the run goes on without'
 holds "file-size limit: exit status" [ "$(cat status)" = 1 ]
-holds "file-size limit: said" says out '^stopped by signal 25 (File size limit exceeded) after step '
+holds "file-size limit: said" \
+    says out '^stopped by signal 25 (File size limit exceeded) after step '
 holds "file-size limit: saved" opens m
 mkdir full
 cat >on_disk <<'END'
