@@ -12,7 +12,7 @@ dev/test/fuzz/TARGET/ has inputs to start from, and whatever once went wrong. In
 program refuses end in fail(), which here returns to the fuzzer instead of ending the process; what
 was allocated and opened until then is cleaned up behind it.
 */
-#define _POSIX_C_SOURCE 200809L
+#define _XOPEN_SOURCE 700
 #include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
