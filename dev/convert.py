@@ -1,0 +1,903 @@
+"""Models from elsewhere and to elsewhere: llm.c, Hugging Face's GPT-2, nanoGPT; and MHA into MLA.
+
+    python3 dev/convert.py gpt2_124M.bin gpt2.safetensors         llm.c's checkpoint into ours
+    python3 dev/convert.py FOLDER gpt2.safetensors                a Hugging Face GPT-2's folder
+    python3 dev/convert.py openai-community/gpt2 gpt2.safetensors the same, fetched by its hub name
+    python3 dev/convert.py ckpt.pt nano.safetensors               nanoGPT's checkpoint
+    python3 dev/convert.py gpt2.safetensors back.bin              ours for llm.c ...
+    python3 dev/convert.py gpt2.safetensors FOLDER --dtype bf16   ... and for Hugging Face's GPT-2
+    python3 dev/convert.py gpt2.safetensors mla.safetensors --to mla --kv-rank 384
+
+What SRC is, it sees for itself. DST's name says what to write: X.safetensors this program's
+checkpoint, X.bin llm.c's, anything else a folder. Only mha with learned positions fits llm.c and
+Hugging Face's GPT-2; for all other models there is dev/export_hf.py.
+
+--to mla rewrites mha, gqa or mqa with learned positions as mla (the writeup's section 12, (31)).
+Rank R = C is exact, or already R = 2 NKV HS if that is less. With --data FILE, tokens or text, the
+rank is cut where the activations on that data lose least, not the weights.
+
+The tokenizer comes along: from SRC's folder or beside SRC, or --tokenizer FILE, to X_tokenizer.bin
+in llm.c's format, or into the folder. A DST that is there already is replaced only if it is of the
+kind that is written, and is kept as DST.old. (pip install torch numpy safetensors)
+"""
+
+import argparse
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "dev/pytorch")]
+from gpt2_mla import GPT, Config, read_tokens, windows  # noqa: E402
+from prepro_tinyshakespeare import Parser, one_line, tokenizer_file  # noqa: E402
+
+LLMC_MAGIC, TOKENIZER_MAGIC = 20240326, 20240328
+LLMC_VERSIONS = {3: torch.float32, 5: torch.bfloat16}
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+OURS = b'{"__metadata__":{"format":"train_gpt2_mla"'  # how a checkpoint's header starts
+LARGEST = 65536  # vocabulary and channels, as the C program has it
+END_OF_TEXT = b"<|endoftext|>"
+
+# llm.c's order. Its tensors are stacked: the same one of all layers, one after the other.
+IN_LAYER = ("ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias",
+            "attn.c_proj.weight", "attn.c_proj.bias", "ln_2.weight", "ln_2.bias",
+            "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")
+# Hugging Face's GPT-2 has these as (in, out).
+TRANSPOSED = tuple(name for name in IN_LAYER if name.endswith("weight") and "ln_" not in name)
+
+
+@dataclass
+class Model:
+    """A model, wherever it is from, in this program's names and shapes.
+
+    A tensor is read, or computed, each time it is called for, so that memory holds one at a time.
+    """
+
+    kind: str                     # in words, for messages
+    config: Config
+    tensors: dict                 # name -> function without arguments -> float32, (out, in)
+    tokenizer: tuple = None       # tokens as bytes, and the id of end of text
+    notes: list = field(default_factory=list)  # what does not come along, a line each
+
+
+def fail(message):
+    """Ends the program: one line, exit status 1."""
+    raise SystemExit(f"error: {message}")
+
+
+# ---- Checks that all readers share --------------------------------------------------------------
+
+def as_float32(path, name, tensor):
+    """A tensor of any floating dtype in float32. Refuses other dtypes, and what is not finite."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        fail(f"{path}: {name} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected "
+             "float32, bfloat16, float16 or float64: quantized weights cannot be converted")
+    tensor = tensor.to(torch.float32)
+    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+        fail(f"{path}: {name} holds numbers that are not finite, expected finite ones")
+    return tensor
+
+
+def make_config(path, **values):
+    """Config from numbers that a file claims; an impossible one is refused in a line."""
+    for key, value in values.items():
+        least = 0 if key in ("q_rank", "kv_rank", "rope_dim", "nope_dim") else 1
+        if key not in ("attention", "position", "latent_norm") and (
+                type(value) is not int or not least <= value <= 1 << 24):
+            fail(f"{path}: {key} is {value!r}, expected a whole number from {least} to {1 << 24}")
+    try:
+        return Config(**values)
+    except ValueError as error:
+        fail(f"{path}: {one_line(error)}")
+
+
+def shapes_of(config):
+    """{name: shape} of all tensors of such a model, in the order of our checkpoints"""
+    with torch.device("meta"):
+        return {name: tuple(t.shape) for name, t in GPT(config).state_dict().items()}
+
+
+def check_shapes(path, config, found):
+    """found: {name: shape}. What is missing, of another shape, or too much is refused."""
+    if config.n_layer > len(found):
+        fail(f"{path}: {config.n_layer} layers, but {len(found)} tensors in all: expected more")
+    expected = shapes_of(config)
+    for name, shape in expected.items():
+        if name not in found:
+            fail(f"{path}: has no tensor {name}, which its configuration needs")
+        if tuple(found[name]) != shape:
+            fail(f"{path}: {name} has shape {tuple(found[name])}, expected {shape}")
+    for name in found:
+        if name not in expected:
+            fail(f"{path}: tensor {name} has no place in a model of its configuration")
+
+
+# ---- Reading ------------------------------------------------------------------------------------
+
+def open_safetensors(path):
+    """A file's {name: shape}, metadata, and a function name -> tensor. Bad files are refused."""
+    try:
+        file = safe_open(path, "pt")
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        return shapes, file.metadata() or {}, file.get_tensor
+    except (SafetensorError, OSError, ValueError) as error:
+        fail(f"{path}: not a safetensors file, or cut short: {one_line(error)}")
+
+
+def read_ours(path):
+    """This program's checkpoint, of any kind. Optimizer moments and references stay behind."""
+    shapes, metadata, get = open_safetensors(path)
+    if metadata.get("format") != "train_gpt2_mla":
+        fail(f"{path}: its metadata's format is {metadata.get('format', 'missing')}, expected "
+             "train_gpt2_mla (of a Hugging Face model, name the folder)")
+    numbers = {key for key, value in asdict(Config(kv_rank=1, rope_dim=2)).items()
+               if isinstance(value, int)}
+    config = {}
+    for key in asdict(Config(kv_rank=1, rope_dim=2)):
+        if key not in metadata and key != "nope_dim":
+            fail(f"{path}: its metadata has no {key}")
+        value = metadata.get(key, "0")
+        if key in numbers and not re.fullmatch("[0-9]{1,8}", value):
+            fail(f"{path}: {key} is {value!r}, expected a whole number")
+        config[key] = int(value) if key in numbers else value
+    config = make_config(path, **config)
+    names = [name for name in shapes if not name.startswith(("adam.", "ref."))]
+    check_shapes(path, config, {name: shapes[name] for name in names})
+    notes = ["the optimizer's moments do not come along"] if len(names) < len(shapes) else []
+    tensors = {name: lambda name=name: as_float32(path, name, get(name)) for name in names}
+    return Model("train_gpt2_mla", config, tensors, tokenizer_beside(path, config), notes)
+
+
+def read_llmc(path):
+    """llm.c's checkpoint: 256 int32 of header, then tensors in the order of its train_gpt2.c."""
+    size = os.path.getsize(path)
+    header = np.fromfile(path, "<i4", 256)
+    if len(header) < 256:
+        fail(f"{path}: {size} bytes, expected a llm.c checkpoint, whose header alone has 1024")
+    version, T, V, L, NH, C, Vp = map(int, header[1:8])
+    if version not in LLMC_VERSIONS:
+        fail(f"{path}: version {version} of llm.c's format, expected 3 (float32) or 5 (bfloat16)")
+    config = make_config(path, attention="mha", position="learned", block_size=T, vocab_size=V,
+                         n_layer=L, n_head=NH, n_embd=C)
+    if not V <= Vp <= 1 << 24:
+        fail(f"{path}: padded vocabulary of {Vp}, expected at least the vocabulary, {V}")
+    dtype = LLMC_VERSIONS[version]
+    expected = 1024 + dtype.itemsize * ((Vp + T + L * (12 * C + 13) + 2) * C)
+    if size != expected:
+        fail(f"{path}: {size} bytes, expected {expected} for {L} layers of {C} channels, padded "
+             f"vocabulary {Vp}, {T} positions: cut short or over-long")
+    data = torch.from_numpy(np.memmap(path, f"i{dtype.itemsize}", "c", 1024)).view(dtype)
+    shapes, tensors, at = shapes_of(config), {}, 0
+
+    def take(name, rows=0):
+        nonlocal at
+        shape, begin = shapes[name], at
+        count = int(np.prod(shape))
+        at += count + rows * C  # rows: of padding
+        tensors[name] = lambda: as_float32(path, name, data[begin:begin + count].view(shape))
+
+    take("wte.weight", Vp - V)
+    take("wpe.weight")
+    for name in IN_LAYER:
+        for layer in range(L):
+            take(f"h.{layer}.{name}")
+    take("ln_f.weight")
+    take("ln_f.bias")
+    return Model(f"llm.c ({'float32' if version == 3 else 'bfloat16'})", config, tensors,
+                 tokenizer_beside(path, config))
+
+
+def load_pickle(path):
+    """What torch.save wrote, if that is tensors and plain values; nothing else is ever run."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            fail(f"{path}: a pickle of another kind, expected a file of torch.save (a zip)")
+    try:
+        return torch.load(path, "cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        fail(f"{path}: holds more than tensors and plain values, expected a plain checkpoint: "
+             "such a file could run any program, and is not opened")
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        fail(f"{path}: not a whole file of torch.save: {one_line(error)[:120]}")
+
+
+def check_pickled(path, tensors):
+    """Plain tensors, each with memory of its own size: {name: tensor} -> {name: shape}"""
+    for name, t in tensors.items():
+        if not isinstance(t, torch.Tensor) or t.layout != torch.strided or t.is_quantized:
+            fail(f"{path}: {name} is {type(t).__name__}, expected a plain tensor")
+        if t.untyped_storage().nbytes() < t.numel() * t.itemsize:
+            fail(f"{path}: {name} has shape {tuple(t.shape)}, larger than its data")
+    return {name: tuple(t.shape) for name, t in tensors.items()}
+
+
+def from_gpt2_names(path, config, shapes, get, transposed):
+    """Tensors under GPT-2's names, as Hugging Face and nanoGPT have them: -> {name: function}
+
+    The prefix `transformer.` may be there; masks that older versions stored are no parameters; a
+    head of its own must be equal to the embedding. shapes: {name: shape}, get: name -> tensor.
+    """
+    theirs = {}
+    for name in shapes:
+        short = name.removeprefix("_orig_mod.").removeprefix("transformer.")
+        if not re.fullmatch(r"h\.\d+\.(attn|crossattention)\.(bias|masked_bias)", short):
+            theirs[short] = name
+    head = theirs.pop("lm_head.weight", None)
+    turned = {name for name in theirs if transposed and name.endswith(TRANSPOSED)}
+    check_shapes(path, config, {name: shapes[theirs[name]][::-1 if name in turned else 1]
+                                for name in theirs})
+
+    def read(name):
+        t = as_float32(path, name, get(theirs[name]))
+        return t.t() if name in turned else t
+
+    if head and (shapes[head] != shapes[theirs["wte.weight"]]
+                 or not torch.equal(get(head), get(theirs["wte.weight"]))):
+        fail(f"{path}: lm_head.weight is not equal to wte.weight, expected a head tied to it")
+    return {name: functools.partial(read, name) for name in theirs}
+
+
+def read_nanogpt(path):
+    """nanoGPT's ckpt.pt. Without biases in its model_args, they are zero."""
+    checkpoint = load_pickle(path)
+    if not isinstance(checkpoint, dict) or not all(
+            isinstance(checkpoint.get(key), dict) for key in ("model", "model_args")):
+        fail(f"{path}: a file of torch.save without model and model_args, expected nanoGPT's "
+             "ckpt.pt")
+    args, state = checkpoint["model_args"], checkpoint["model"]
+    keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    config = make_config(path, attention="mha", position="learned",
+                         **{key: args.get(key) for key in keys})
+    shapes = check_pickled(path, state)
+    if config.n_layer > len(shapes):
+        fail(f"{path}: {config.n_layer} layers, but {len(shapes)} tensors in all: expected more")
+    if not args.get("bias", True):
+        prefix = "_orig_mod." if any(n.startswith("_orig_mod.") for n in shapes) else ""
+        for name, shape in shapes_of(config).items():
+            if name.endswith("bias"):
+                if config.n_embd > LARGEST:
+                    fail(f"{path}: n_embd is {config.n_embd}, expected at most {LARGEST}")
+                state[f"{prefix}transformer.{name}"] = torch.zeros(shape)
+                shapes[f"{prefix}transformer.{name}"] = shape
+    tensors = from_gpt2_names(path, config, shapes, state.__getitem__, False)
+    notes = ["nanoGPT's GELU is exact, this program's GPT-2's tanh form: logits differ by some "
+             "1e-3"]
+    if "optimizer" in checkpoint:
+        notes.append("the optimizer's moments do not come along")
+    return Model("nanoGPT", config, tensors, tokenizer_beside(path, config), notes)
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{path}: cannot be read as JSON: {one_line(error)}")
+    if not isinstance(found, dict):
+        fail(f"{path}: its JSON is no object, expected one")
+    return found
+
+
+def open_hf_weights(folder):
+    """All tensors of a folder, in one file or several: {name: shape}, function name -> tensor"""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        whole, index = folder / name, folder / f"{name}.index.json"
+        if whole.exists():
+            files = [whole]
+        elif index.exists():
+            named = read_json(index).get("weight_map")
+            if not isinstance(named, dict) or not all(
+                    isinstance(f, str) and f == os.path.basename(f) for f in named.values()):
+                fail(f"{index}: its weight_map does not name files of this folder")
+            files = [folder / file for file in sorted(set(named.values()))]
+        else:
+            continue
+        shapes, where = {}, {}
+        for file in files:
+            if name.endswith(".bin"):
+                state = load_pickle(file)
+                if not isinstance(state, dict):
+                    fail(f"{file}: no tensors by name, expected a model's state")
+                found, get = check_pickled(file, state), state.__getitem__
+            else:
+                found, _, get = open_safetensors(file)
+            shapes |= found
+            where |= dict.fromkeys(found, get)
+        return shapes, lambda name: where[name](name)
+    fail(f"{folder}: has no model.safetensors or pytorch_model.bin, expected a model's weights")
+
+
+def read_hf(folder):
+    """A folder of Hugging Face's transformers with a GPT-2."""
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not path.exists():
+        fail(f"{folder}: a folder without config.json, expected a Hugging Face model's")
+    c = read_json(path)
+    if c.get("model_type") != "gpt2":
+        fail(f"{path}: model_type is {c.get('model_type')!r}, expected 'gpt2'")
+    if c.get("quantization_config"):
+        fail(f"{path}: the weights are quantized, expected float32, bfloat16 or float16")
+    C = c.get("n_embd", 768)
+    for key, default, expected in [
+            ("activation_function", "gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
+            ("layer_norm_epsilon", 1e-5, (1e-5,)), ("scale_attn_weights", True, (True,)),
+            ("scale_attn_by_inverse_layer_idx", False, (False,)),
+            ("add_cross_attention", False, (False,)), ("tie_word_embeddings", True, (True,)),
+            ("n_inner", None, (None, 4 * C if isinstance(C, int) else None))]:
+        if c.get(key, default) not in expected:
+            fail(f"{path}: {key} is {c[key]!r}, expected {expected[-1]!r}")
+    config = make_config(path, attention="mha", position="learned", n_embd=C,
+                         n_layer=c.get("n_layer", 12), n_head=c.get("n_head", 12),
+                         block_size=c.get("n_positions", 1024),
+                         vocab_size=c.get("vocab_size", 50257))
+    tensors = from_gpt2_names(folder, config, *open_hf_weights(folder), True)
+    tokenizer, note = read_hf_tokenizer(folder, c.get("eos_token_id"), config.vocab_size)
+    return Model("Hugging Face's GPT-2", config, tensors, tokenizer, [note] if note else [])
+
+
+def fetch(name):
+    """A model of the Hugging Face hub -> its folder in the hub's cache"""
+    try:
+        from huggingface_hub import snapshot_download
+        return snapshot_download(name, allow_patterns=[
+            "config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json",
+            "vocab.json", "merges.txt"])
+    except Exception as error:  # the network's, the hub's and the package's are many
+        fail(f"{name}: no such file or folder, and not to be had from the Hugging Face hub: "
+             f"{one_line(error)[:200]}")
+
+
+def read(path, tokenizer=None):
+    """A model of any kind -> Model. tokenizer: a file of llm.c's format, to take before any other.
+
+    path: a file or folder; or, if there is none, a name of the Hugging Face hub.
+    """
+    path = os.fspath(path)
+    if not os.path.exists(path) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) \
+            and not path.endswith((".safetensors", ".bin", ".pt")):
+        path = fetch(path)
+    if os.path.isdir(path):
+        model = read_hf(path)
+    else:
+        try:
+            if not os.path.isfile(path):
+                fail(f"{path}: {'no regular' if os.path.exists(path) else 'no such'} file")
+            with open(path, "rb") as file:
+                start = file.read(9)
+        except OSError as error:
+            fail(f"{path}: cannot be read: {error.strerror}")
+        if start[8:] == b"{":
+            model = read_ours(path)
+        elif start[:4] == LLMC_MAGIC.to_bytes(4, "little"):
+            model = read_llmc(path)
+        elif start[:2] == b"PK" or start[:1] == b"\x80":
+            model = read_nanogpt(path)
+        else:
+            found = f"it starts with {start[:8].hex(' ')}" if start else "it is empty"
+            fail(f"{path}: {found}, expected a safetensors file, a llm.c checkpoint (magic "
+                 f"{LLMC_MAGIC}), nanoGPT's ckpt.pt or a Hugging Face folder")
+    if tokenizer:
+        model.tokenizer = read_tokenizer(tokenizer)
+    if model.tokenizer and len(model.tokenizer[0]) > model.config.vocab_size:
+        message = f"{len(model.tokenizer[0])} tokens, the model's vocabulary is " \
+                  f"{model.config.vocab_size}"
+        if tokenizer:
+            fail(f"{tokenizer}: {message}")
+        model.notes.append(f"the tokenizer is left out: {message}")
+        model.tokenizer = None
+    return model
+
+
+# ---- Tokenizers ---------------------------------------------------------------------------------
+
+def letters():
+    """GPT-2's letter for each byte: visible ones are their own, the others U+0100 and on."""
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(b if b in visible else next(others)) for b in range(256)]
+
+
+def read_tokenizer(path):
+    """llm.c's tokenizer file -> tokens (list of bytes), id of the end of text"""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        fail(f"{path}: cannot be read: {error.strerror}")
+    magic, version, V, eot = np.frombuffer(content[:16].ljust(16, b"\0"), "<u4").tolist()
+    if len(content) < 1024 or magic != TOKENIZER_MAGIC or version not in (1, 2):
+        fail(f"{path}: magic {magic}, version {version}, expected a tokenizer, {TOKENIZER_MAGIC} "
+             "and 1 or 2")
+    eot = 50256 if version == 1 else eot  # version 1 does not say
+    tokens, at = [], 1024
+    while at < len(content) and len(tokens) < V:
+        tokens.append(content[at + 1:at + 1 + content[at]])
+        at += 1 + content[at]
+    if len(tokens) != V or at != len(content) or eot >= V:
+        fail(f"{path}: {len(tokens)} tokens in {len(content)} bytes, end of text {eot}, expected "
+             f"{V} tokens: cut short or over-long")
+    return tokens, eot
+
+
+def tokenizer_beside(path, config):
+    """X_tokenizer.bin of a model X.*; for GPT-2's vocabulary also llm.c's name for it."""
+    stem = os.path.splitext(path)[0]
+    names = [f"{stem}_tokenizer.bin"]
+    if config.vocab_size == 50257:
+        names.append(os.path.join(os.path.dirname(path), "gpt2_tokenizer.bin"))
+    return next((read_tokenizer(name) for name in names if os.path.exists(name)), None)
+
+
+def merges_of(tokens, eot):
+    """A BPE's merges, pairs of bytes, from its tokens in the order learned; None if it is none.
+
+    The C program and GPT-2's encoder know no other order, so each token must come from two parts
+    that the tokens before it make of its bytes.
+    """
+    rank, merges = {}, []
+    for i, token in enumerate(tokens):
+        rank.setdefault(token, i)
+    for i, token in enumerate(tokens):
+        if len(token) < 2 or i == eot or rank[token] != i:
+            continue
+        parts = [token[j:j + 1] for j in range(len(token))]
+        while len(parts) > 2:
+            pair = min(range(len(parts) - 1),
+                       key=lambda j: rank.get(parts[j] + parts[j + 1], len(tokens)))
+            if rank.get(parts[pair] + parts[pair + 1], i) >= i:
+                return None
+            parts[pair:pair + 2] = [parts[pair] + parts[pair + 1]]
+        merges.append(tuple(parts))
+    return merges
+
+
+def read_hf_tokenizer(folder, eos, V):
+    """A folder's BPE of bytes -> (tokens, end of text) or None; why it is left out, or ''"""
+    folder, level = Path(folder), True
+    if (folder / "tokenizer.json").exists():
+        whole = read_json(folder / "tokenizer.json")
+        model = whole.get("model") or {}
+        vocabulary, merges = model.get("vocab"), model.get("merges")
+        added = {t["content"]: t["id"] for t in whole.get("added_tokens") or []}
+        before = whole.get("pre_tokenizer") or {}
+        level = [p.get("type") for p in before.get("pretokenizers", [before])] == ["ByteLevel"] \
+            and not before.get("add_prefix_space")
+    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        vocabulary, added = read_json(folder / "vocab.json"), {}
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        merges = [line for line in lines if line and not line.startswith("#version")]
+    else:
+        return None, "the folder has no tokenizer: name one with --tokenizer, or to the C program"
+    left_out = "the tokenizer is left out: "
+    if not level or not isinstance(vocabulary, dict) or not isinstance(merges, list):
+        return None, left_out + "it is not GPT-2's kind, a BPE of bytes"
+    byte_of = {letter: b for b, letter in enumerate(letters())}
+    by_id = {}
+    for text, i in [*vocabulary.items(), *added.items()]:
+        special = text in added or text.encode() == END_OF_TEXT
+        known = special or all(letter in byte_of for letter in text)
+        if not known or not isinstance(i, int) or not 0 <= i < V:
+            return None, left_out + f"token {i}, {text!r}, is not GPT-2's kind or beyond {V}"
+        by_id[i] = text.encode() if special else bytes(byte_of[letter] for letter in text)
+    tokens = [by_id.get(i, b"") for i in range(max(by_id, default=-1) + 1)]
+    eot = next((i for i, token in by_id.items() if token == END_OF_TEXT), eos)
+    if eot is None and len(tokens) <= 256:
+        eot = tokens.index(b"\n") if b"\n" in tokens else 0
+    if not isinstance(eot, int) or not 0 <= eot < len(tokens) or max(map(len, tokens)) > 255:
+        return None, left_out + "it has no end of text, or a token of more than 255 bytes"
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
+    if merges_of(tokens, eot) != [tuple(bytes(byte_of[x] for x in part) for part in pair)
+                                  for pair in pairs]:
+        return None, left_out + "its merges are not in the order of its tokens"
+    return (tokens, eot), ""
+
+
+def hf_tokenizer(tokenizer):
+    """Tokens and end of text -> the content of tokenizer.json, of tokenizer_config.json"""
+    tokens, eot = tokenizer
+    letter = letters()
+    text = lambda token: "".join(letter[b] for b in token)
+    merges = merges_of(tokens, eot)
+    if merges is None:
+        fail("the tokenizer is no BPE whose tokens are in the order of its merges")
+    ends = len(tokens[eot]) > 1  # of bytes none means end of text
+    vocabulary = {}
+    for i, token in enumerate(tokens):
+        if token:
+            vocabulary.setdefault(token.decode() if ends and i == eot else text(token), i)
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    special = [{"id": eot, "content": tokens[eot].decode(), "special": True} | plain] * ends
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": True}
+    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
+             "normalizer": None, "pre_tokenizer": level, "post_processor": None, "decoder": level,
+             "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                       "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                       "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                       "vocab": vocabulary, "merges": [[text(a), text(b)] for a, b in merges]}}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast",
+                "clean_up_tokenization_spaces": False}
+    if ends:
+        settings |= dict.fromkeys(("bos_token", "eos_token"), tokens[eot].decode())
+    return whole, settings
+
+
+# ---- MHA, GQA and MQA into MLA (the writeup's section 12) ---------------------------------------
+
+@torch.no_grad()
+def moments_on(model, path, tokens=65536):
+    """What attention reads, on the first tokens of a file: per layer the mean (C) and covariance
+    (C, C) of ln_1's output, in float64."""
+    try:
+        data = read_tokens(path)[0][:tokens + 1]
+    except (OSError, ValueError) as error:
+        fail(f"{path}: no tokens or text: {one_line(error)}")
+    if len(data) < 2 or data.max() >= model.config.vocab_size:
+        fail(f"{path}: expected two tokens or more, all below {model.config.vocab_size}")
+    gpt, C = GPT(model.config).eval(), model.config.n_embd
+    gpt.load_state_dict({name: tensor() for name, tensor in model.tensors.items()})
+    sums = [[torch.zeros(C).double(), torch.zeros(C, C).double()] for _ in gpt.h]
+    for block, sum_of in zip(gpt.h, sums):
+        def add(_, args, sum_of=sum_of):
+            x = args[0].flatten(0, 1).double()                                   # (B*T, C)
+            sum_of[0] += x.sum(0)
+            sum_of[1] += x.T @ x
+        block.attn.register_forward_pre_hook(add)
+    for x, _ in windows(data, 8, model.config.block_size):
+        gpt(x)
+    n = len(data) - 1
+    return [(s / n, xx / n - torch.outer(s / n, s / n)) for s, xx in sums]
+
+
+def layer_to_mla(path, l, config, w, rank, moments=None):
+    """One layer's tensors, rewritten: {name in the layer: float64}, share of the spectrum kept.
+
+    w: name in the layer -> tensor in float64. Biases go as section 12 has it; then (31), whose
+    first factor is an orthonormal basis of R outputs, A_R, and the second A_R^T [W_K; W_V]. Which
+    outputs: those that are largest for x of covariance 1, or, with moments = (mean, covariance),
+    for the x of data.
+    """
+    NKV, HS, C = config.n_kv_head, config.head_size, config.n_embd
+    shared = NKV * HS
+    W_Q, W_K, W_V = w("attn.c_attn.weight").split([C, shared, shared])           # (C | shared, C)
+    b_Q, _, b_V = w("attn.c_attn.bias").split([C, shared, shared])               # b_K drops out
+    W_O, b_O = w("attn.c_proj.weight"), w("attn.c_proj.bias")                    # (C, C), (C)
+    scale, shift = w("ln_1.weight"), w("ln_1.bias")                              # (C), (C)
+
+    tau = torch.zeros(()).double()
+    if b_Q.any():
+        if not scale.all():
+            fail(f"{path}: h.{l}.ln_1.weight holds a 0, so that the bias of queries has no place "
+                 "(the writeup, section 12)")
+        tau = 1 - (shift / scale).mean()
+        W_Q = W_Q + torch.outer(b_Q - tau * (W_Q @ scale), 1 / scale) / C        # (C, C)
+        shift = shift + tau * scale
+
+    W = torch.cat([W_K, W_V])                                                    # (2 shared, C)
+    mean, root = torch.zeros(C).double(), None
+    if moments:
+        mean, covariance = moments
+        # A little of covariance 1: where the data has nothing, the weights alone decide.
+        e, E = torch.linalg.eigh(covariance + 1e-6 * covariance.trace() / C * torch.eye(C))
+        root = E * e.clamp(min=0).sqrt()                                         # (C, C)
+    A, S, _ = torch.linalg.svd(W if root is None else W @ root, full_matrices=False)
+    up = A[:, :rank]                                                             # (2 shared, R)
+    down = up.T @ W                                                              # (R, C)
+    size = down.norm(dim=1, keepdim=True)                                        # S_R if no moments
+    half = torch.where(size > 0, size, 1.0).sqrt()                               # (R, 1)
+    up, down = up * half.T, down / half
+    U_K, U_V = up.split(shared)                                                  # (shared, R) each
+    W_V_new = U_V @ down                                                         # (shared, C)
+    b_V = b_V - tau * (W_V_new @ scale) + (W_V - W_V_new) @ mean                 # (shared)
+    b_V = b_V.view(NKV, HS).repeat_interleave(config.n_head // NKV, 0).flatten()  # (C)
+    heads = torch.cat([U_K.view(NKV, HS, rank), U_V.view(NKV, HS, rank)], 1)     # (NKV, 2 HS, R)
+    return {"ln_1.bias": shift, "attn.c_proj.bias": b_O + W_O @ b_V, "attn.q_proj.weight": W_Q,
+            "attn.kv_a_proj_with_mqa.weight": down,
+            "attn.kv_b_proj.weight": heads.flatten(0, 1)}, float((S[:rank] ** 2).sum()
+                                                                 / (S ** 2).sum().clamp(1e-300))
+
+
+def to_mla(path, model, rank, data=None, show=print):
+    """The model rewritten as mla of this rank. Prints, by show, what each layer keeps.
+
+    data: tokens for which the rank is cut; None: the weights alone decide.
+    """
+    c = model.config
+    if c.attention == "mla":
+        fail(f"{path}: attention is mla already, expected mha, gqa or mqa")
+    if c.position != "learned":
+        fail(f"{path}: position is {c.position}, expected learned: rotary keys cannot be written "
+             "as a latent's (doc/writeup.md, section 9)")
+    most = min(c.n_embd, 2 * c.n_kv_head * c.head_size)
+    if not 1 <= rank <= most:
+        fail(f"{path}: --kv-rank {rank}, expected 1 to {most}, at which nothing is lost")
+    config = Config("mla", "learned", c.n_layer, c.n_head, c.n_kv_head, c.n_embd, c.block_size,
+                    c.vocab_size, q_rank=0, kv_rank=rank, latent_norm="none")
+    moments = moments_on(model, data) if data else [None] * c.n_layer
+
+    @functools.lru_cache(1)  # a layer's tensors are asked for one after the other
+    def layer(l):
+        w = lambda name: model.tensors[f"h.{l}.{name}"]().double()
+        tensors, kept = layer_to_mla(path, l, c, w, rank, moments[l])
+        show(f"layer {l}: rank {rank} of {most} keeps {100 * kept:.3f}% of the sum of squared "
+             f"singular values{' of keys and values on the data' if data else ''}")
+        return tensors
+
+    def new(name):
+        _, l, short = name.split(".", 2)
+        return layer(int(l))[short].float()
+
+    rewritten = ("ln_1.bias", "attn.c_proj.bias", "q_proj.weight", "kv_a_proj_with_mqa.weight",
+                 "kv_b_proj.weight")
+    tensors = {name: functools.partial(new, name) if name.endswith(rewritten)
+               else model.tensors[name] for name in shapes_of(config)}
+    return Model(model.kind, config, tensors, model.tokenizer, model.notes)
+
+
+# ---- Writing: whole files or none ---------------------------------------------------------------
+
+def check_replaceable(path, kind, starts, at=0):
+    """Refuses a file that is there but is not of that kind (bytes `starts` at `at`), cannot be
+    written, or is being written by a run of the C program, which locks path.lock."""
+    if not os.path.exists(path):
+        if os.path.islink(path):
+            fail(f"{path}: a link that leads to no file")
+        return
+    if not os.path.isfile(path):
+        fail(f"{path}: exists and is no regular file; will not replace it")
+    if not os.access(path, os.W_OK) or not os.stat(path).st_mode & 0o222:
+        fail(f"{path}: exists and is read-only; will not replace it")
+    with open(path, "rb") as file:
+        file.seek(at)
+        if os.path.getsize(path) and file.read(len(starts)) != starts:
+            fail(f"{path}: exists and is no {kind}; will not replace it")
+    with contextlib.suppress(FileNotFoundError), open(path + ".lock", "r+b") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"{path}: another process is writing it; end that, or name another file")
+
+
+def put_in_place(part, path):
+    """Renames what is complete; what stood there, if it is not empty, is kept as path.old."""
+    if os.path.isdir(path) and not os.listdir(path):
+        os.rmdir(path)
+    elif os.path.exists(path) and os.path.getsize(path):
+        old, n = f"{path}.old", 1
+        while os.path.lexists(old):
+            n += 1
+            old = f"{path}.old{n}"
+        os.rename(path, old)
+        print(f"what was {path} is now {old}")
+    os.replace(part, path)
+
+
+@contextlib.contextmanager
+def replacing(path, folder=False):
+    """Gives a file, or the Path of a folder, beside path, which bears its name once complete."""
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        if folder:
+            os.mkdir(part)
+            yield Path(part)
+        else:
+            with open(part, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if os.path.exists(path):
+                os.chmod(part, os.stat(path).st_mode & 0o7777)
+        put_in_place(part, path)
+    except OSError as error:
+        fail(f"{path}: cannot write: {error.strerror or one_line(error)}")
+    finally:
+        if os.path.isdir(part):
+            shutil.rmtree(part)
+        elif os.path.exists(part):
+            os.remove(part)
+
+
+def raw(path, name, tensor, dtype):
+    """A tensor's bytes in that dtype, rounded to nearest; what gets too large is refused."""
+    t = tensor.to(dtype).contiguous()
+    if dtype != torch.float32:
+        if not torch.isfinite(t).all():
+            fail(f"{path}: {name} holds {tensor.abs().max():g}, too large for the dtype asked for")
+        t = t.view(torch.int16)
+    return memoryview(t.numpy()).cast("B")
+
+
+def write_safetensors(file, path, metadata, tensors, dtype):
+    """tensors: {name: (shape, function)}, written in this order, one in memory at a time."""
+    header, at = {"__metadata__": metadata}, 0
+    for name, (shape, _) in tensors.items():
+        end = at + dtype.itemsize * int(np.prod(shape, dtype=object))
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape,
+                        "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name, (_, get) in tensors.items():
+        file.write(raw(path, name, get(), dtype))
+
+
+def write_ours(model, path):
+    """This program's checkpoint, float32."""
+    c = model.config
+    if max(c.vocab_size, c.n_embd) > LARGEST:
+        fail(f"{path}: vocabulary {c.vocab_size}, channels {c.n_embd}, expected at most {LARGEST}")
+    with replacing(path) as file:
+        write_safetensors(file, path, c.to_metadata(), {
+            name: (shape, model.tensors[name]) for name, shape in shapes_of(c).items()},
+            torch.float32)
+
+
+def check_gpt2(model, path, kind):
+    c = model.config
+    if (c.attention, c.position) != ("mha", "learned"):
+        fail(f"{path}: the model is {c.attention} with position {c.position}, {kind} expects mha "
+             "with position learned (all kinds: dev/export_hf.py)")
+
+
+def write_llmc(model, path, dtype):
+    """llm.c's checkpoint, version 3 or 5; the vocabulary padded with zeros to 128 rows."""
+    c = model.config
+    Vp = -(-c.vocab_size // 128) * 128
+    version = next(v for v, t in LLMC_VERSIONS.items() if t == dtype)
+    header = np.zeros(256, "<i4")
+    header[:8] = (LLMC_MAGIC, version, c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd,
+                  Vp)
+    with replacing(path) as file:
+        file.write(header.tobytes())
+        file.write(raw(path, "wte.weight", model.tensors["wte.weight"](), dtype))
+        file.write(bytes((Vp - c.vocab_size) * c.n_embd * dtype.itemsize))
+        for name in ("wpe.weight", *(f"h.{layer}.{name}" for name in IN_LAYER
+                                     for layer in range(c.n_layer)), "ln_f.weight", "ln_f.bias"):
+            file.write(raw(path, name, model.tensors[name](), dtype))
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_hf_tokenizer(folder, tokenizer):
+    whole, settings = hf_tokenizer(tokenizer)
+    write_json(folder / "tokenizer.json", whole)
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def with_bytes(model):
+    """A model's tokenizer; if it has none and a small vocabulary, its tokens are bytes."""
+    V = model.config.vocab_size
+    if model.tokenizer or V > 256:
+        return model.tokenizer
+    return [bytes([b]) for b in range(V)], min(ord("\n"), V - 1)
+
+
+def end_of_text(tokenizer):
+    """Its id, or None: a token of one byte only says where samples start."""
+    return tokenizer[1] if tokenizer and len(tokenizer[0][tokenizer[1]]) > 1 else None
+
+
+def write_hf(model, path, dtype):
+    """A folder that transformers' GPT2LMHeadModel opens."""
+    c, tokenizer = model.config, with_bytes(model)
+    eot = end_of_text(tokenizer)
+
+    def tensor(name):
+        t = model.tensors[name]()
+        return t.t() if name.endswith(TRANSPOSED) else t
+
+    with replacing(path, folder=True) as folder:
+        write_json(folder / "config.json", {
+            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
+            "dtype": str(dtype).removeprefix("torch."), "vocab_size": c.vocab_size,
+            "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer,
+            "n_head": c.n_head, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True, "bos_token_id": eot, "eos_token_id": eot})
+        with open(folder / "model.safetensors", "wb") as file:
+            write_safetensors(file, path, {"format": "pt"}, {
+                f"transformer.{name}": (shape[::-1] if name.endswith(TRANSPOSED) else shape,
+                                        functools.partial(tensor, name))
+                for name, shape in shapes_of(c).items()}, dtype)
+        if tokenizer:
+            write_hf_tokenizer(folder, tokenizer)
+
+
+def check_folder(path, model_type):
+    """Refuses what is there, unless it is empty or a model's folder of that type."""
+    if not os.path.lexists(path):
+        return
+    if not os.path.isdir(path):
+        fail(f"{path}: exists and is no folder; will not replace it (expected X.safetensors, X.bin "
+             "or a folder)")
+    if os.listdir(path):
+        config = os.path.join(path, "config.json")
+        found = read_json(config).get("model_type") if os.path.exists(config) else "missing"
+        if found != model_type:
+            fail(f"{path}: a folder whose model_type is {found}, expected {model_type}; will not "
+                 "replace it")
+
+
+def convert(src, dst, dtype="f32", rank=None, data=None, tokenizer=None):
+    """All that the command line does; rank: --to mla. Refusals are SystemExit with one line."""
+    dst = os.path.realpath(dst) if os.path.islink(dst) else os.fspath(dst).rstrip("/")
+    kind = os.path.splitext(dst)[1]
+    if kind in (".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".npz", ".h5"):
+        fail(f"{dst}: cannot write {kind}, expected X.safetensors, X.bin or a folder")
+    if kind == ".safetensors" and dtype != "f32":
+        fail(f"{dst}: --dtype {dtype}, but this program's checkpoints are F32 only")
+    if kind == ".bin" and dtype == "f16":
+        fail(f"{dst}: --dtype f16, llm.c's checkpoints are f32 or bf16")
+    beside = os.path.splitext(dst)[0] + "_tokenizer.bin"
+    if kind == ".safetensors":
+        check_replaceable(dst, "checkpoint of this program", OURS, 8)
+    elif kind == ".bin":
+        check_replaceable(dst, "llm.c checkpoint", LLMC_MAGIC.to_bytes(4, "little"))
+    else:
+        check_folder(dst, "gpt2")
+    model = read(src, tokenizer)
+    print(f"{src}: {model.kind}, {model.config.attention} {model.config.position}, "
+          f"{model.config.n_layer} layers, {model.config.n_embd} channels")
+    if rank is not None:
+        model = to_mla(src, model, rank, data)
+    if kind != ".safetensors":
+        check_gpt2(model, src, "llm.c" if kind == ".bin" else "Hugging Face's GPT-2")
+    writes_tokenizer = kind in (".safetensors", ".bin") and model.tokenizer
+    if writes_tokenizer:
+        check_replaceable(beside, "tokenizer", TOKENIZER_MAGIC.to_bytes(4, "little"))
+    if kind == ".safetensors":
+        write_ours(model, dst)
+    elif kind == ".bin":
+        write_llmc(model, dst, DTYPES[dtype])
+    else:
+        write_hf(model, dst, DTYPES[dtype])
+    if writes_tokenizer:
+        content = tokenizer_file(*model.tokenizer)
+        if not os.path.exists(beside) or Path(beside).read_bytes() != content:
+            with replacing(beside) as file:
+                file.write(content)
+        print(f"{beside}: its tokenizer, {len(model.tokenizer[0])} tokens")
+    for note in model.notes:
+        print(f"note: {note}")
+    print(f"{dst}: written")
+
+
+def main():
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+               allow_abbrev=False)
+    p.add_argument("src", metavar="SRC", help="file or folder, or a name of the Hugging Face hub")
+    p.add_argument("dst", metavar="DST", help="X.safetensors, X.bin (llm.c) or a folder")
+    p.add_argument("--to", choices=["mla"], help="rewrite the attention")
+    p.add_argument("--kv-rank", type=int, metavar="R", help="rank of the latent")
+    p.add_argument("--data", metavar="FILE", help="with --to mla: tokens or text to cut rank for")
+    p.add_argument("--dtype", choices=list(DTYPES), default="f32",
+                   help="of what is written; this program's checkpoints are f32 (f32)")
+    p.add_argument("--tokenizer", metavar="FILE", help="the model's, in llm.c's format")
+    args = p.parse_args()
+    if (args.to is None) != (args.kv_rank is None) or (args.data and not args.to):
+        p.error("--to mla, --kv-rank R: expected both or neither; --data FILE only with them")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no half file is left
+    convert(args.src, args.dst, args.dtype, args.kv_rank, args.data, args.tokenizer)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
