@@ -377,11 +377,8 @@ class GPT(nn.Module):
             else:
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
 
-    def forward(self, idx, targets=None, cache=None):
-        """idx (B, T), targets (B, T) or None -> logits (B, T, V), mean cross-entropy or None
-
-        With a cache, idx continues what it holds, and the logits are of the last position: (B, 1, V).
-        """
+    def hidden(self, idx, cache=None):
+        """idx (B, T) -> (B, T, C), what the head reads; with a cache, idx goes on from it"""
         begin, T = cache.length if cache else 0, idx.shape[1]
         x = self.wte(idx)                                                        # (B, T, C)
         if self.config.position == "learned":
@@ -393,8 +390,17 @@ class GPT(nn.Module):
             x = block(x, rope, cache)
         if cache:
             cache.length += T
+        return self.ln_f(x)                                                      # (B, T, C)
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T), targets (B, T) or None -> logits (B, T, V), mean cross-entropy or None
+
+        With a cache, idx continues what it holds; the logits are of the last position, (B, 1, V).
+        """
+        x = self.hidden(idx, cache)                                              # (B, T, C)
+        if cache:
             x = x[:, -1:]                                                        # (B, 1, C)
-        logits = F.linear(self.ln_f(x), self.wte.weight)                         # (B, T, V), head tied to wte
+        logits = F.linear(x, self.wte.weight)                                    # (B, T, V), tied
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -1,0 +1,89 @@
+"""Any checkpoint of this program as a folder that Hugging Face's transformers opens.
+
+    python3 dev/export_hf.py model.safetensors FOLDER [--tokenizer FILE]
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)
+
+The folder holds config.json, the weights (float32), the tokenizer, and the program that computes
+it all: one Python file, which is dev/pytorch/gpt2_mla.py up to its command line and then
+dev/pytorch/hf_model.py. The tokenizer is X_tokenizer.bin beside X.safetensors, or --tokenizer
+FILE; models of up to 256 tokens without one read bytes. A FOLDER that is there already is replaced
+only if it is such an export, and is kept as FOLDER.old. What dev/convert.py reads, this reads too;
+a GPT-2 that transformers know by themselves is better written by that.
+(pip install torch numpy safetensors; to open it transformers)
+"""
+
+import argparse
+import os
+import signal
+import sys
+from dataclasses import asdict
+
+import torch
+
+from convert import (ROOT, check_folder, end_of_text, read, replacing, shapes_of, with_bytes,
+                     write_hf_tokenizer, write_json, write_safetensors)
+from prepro_tinyshakespeare import Parser
+
+MODULE = "modeling_train_gpt2_mla"
+COMMAND_LINE = "# " + "-" * 76 + "\n# Command line\n"
+IMPORT = "from gpt2_mla import GPT, Config, rope_table  # in an exported file they stand above\n"
+
+
+def modeling_source():
+    """The folder's Python file: the model, without its command line, and its dress for
+    transformers, which no longer needs to import it."""
+    model = (ROOT / "dev/pytorch/gpt2_mla.py").read_text()
+    dress = (ROOT / "dev/pytorch/hf_model.py").read_text()
+    assert model.count(COMMAND_LINE) == 1 and dress.count(IMPORT) == 1
+    return ("# Made by dev/export_hf.py of train_gpt2_mla, from dev/pytorch/gpt2_mla.py and then\n"
+            "# dev/pytorch/hf_model.py.\n\n"
+            + model[:model.index(COMMAND_LINE)] + dress.replace(IMPORT, ""))
+
+
+def export(src, folder, tokenizer=None):
+    """All that the command line does. Refusals are SystemExit with one line."""
+    folder = os.path.realpath(folder) if os.path.islink(folder) else folder.rstrip("/")
+    check_folder(folder, "train_gpt2_mla")
+    model = read(src, tokenizer)
+    c, tokenizer = model.config, with_bytes(model)
+    eot = end_of_text(tokenizer)
+    with replacing(folder, folder=True) as new:
+        write_json(new / "config.json", {
+            "architectures": ["MlaForCausalLM"], "model_type": "train_gpt2_mla",
+            "auto_map": {"AutoConfig": f"{MODULE}.MlaConfig",
+                         "AutoModelForCausalLM": f"{MODULE}.MlaForCausalLM"},
+            "dtype": "float32", "bos_token_id": eot, "eos_token_id": eot} | asdict(c))
+        (new / f"{MODULE}.py").write_text(modeling_source())
+        with open(new / "model.safetensors", "wb") as file:
+            write_safetensors(file, folder, {"format": "pt"}, {
+                f"transformer.{name}": (shape, model.tensors[name])
+                for name, shape in shapes_of(c).items()}, torch.float32)
+        if tokenizer:
+            write_hf_tokenizer(new, tokenizer)
+    print(f"{src}: {model.kind}, {c.attention} {c.position}, {c.n_layer} layers, {c.n_embd} "
+          "channels")
+    if not tokenizer:
+        print(f"note: no tokenizer: {c.vocab_size} tokens, and no {os.path.splitext(src)[0]}"
+              "_tokenizer.bin or --tokenizer FILE to say what they stand for")
+    print(f"{folder}: written")
+
+
+def main():
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+               allow_abbrev=False)
+    p.add_argument("src", metavar="SRC", help="checkpoint")
+    p.add_argument("folder", metavar="FOLDER")
+    p.add_argument("--tokenizer", metavar="FILE", help="the model's, in llm.c's format")
+    args = p.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no half folder is left
+    export(args.src, args.folder, args.tokenizer)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
