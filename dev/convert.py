@@ -203,11 +203,10 @@ def read_llmc(path):
 
 def load_pickle(path):
     """What torch.save wrote, if that is tensors and plain values; nothing else is ever run."""
-    with open(path, "rb") as file:
-        if file.read(2) != b"PK":
-            fail(f"{path}: a pickle of another kind, expected a file of torch.save (a zip)")
     try:
-        return torch.load(path, "cpu", weights_only=True, mmap=True)
+        with open(path, "rb") as file:
+            is_zip = file.read(2) == b"PK"  # else an old file, which cannot be mapped
+        return torch.load(path, "cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError:
         fail(f"{path}: holds more than tensors and plain values, expected a plain checkpoint: "
              "such a file could run any program, and is not opened")

@@ -195,6 +195,8 @@ def test_hf(folder):
         same_tensors(folder / f"{name}.safetensors", folder / "h0.safetensors")
 
     variant("pickled", lambda f: torch.save(state, f / "pytorch_model.bin"))
+    variant("old", lambda f: torch.save(state, f / "pytorch_model.bin",
+                                        _use_new_zipfile_serialization=False))
     variant("untidy", lambda f: save_file(  # as the hub's first files are
         {k.removeprefix("transformer."): v for k, v in state.items()}
         | {"h.0.attn.bias": torch.ones(1, 1, 9, 9), "lm_head.weight":
@@ -524,6 +526,7 @@ def test_hostile_files(top):
             ("activation_function", "relu", "activation_function is 'relu'"),
             ("n_inner", 7, "n_inner is 7, expected 192"),
             ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by"),
+            ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon is 1e-06, expected 1e-05"),
             ("quantization_config", {"bits": 4}, "quantized"), ("n_layer", True, "n_layer is True"),
             ("tie_word_embeddings", False, "tie_word")]:
         (hf / "config.json").write_text(json.dumps(config | {key: value}))
@@ -571,7 +574,9 @@ def test_hostile_files(top):
         refused([src, dst], line, folder)
         tried += 1
     src.write_bytes(pickle.dumps(Evil()))
-    refused([src, dst], "a pickle of another kind", folder)
+    refused([src, dst], "holds more than tensors", folder)
+    src.write_bytes(pickle.dumps({"model": 1}))
+    refused([src, dst], "src: ", folder)
     assert not list(Path().glob("evil_was_here")) and not list(folder.glob("evil*"))
     return f"{tried} bad files and more, each refused in a line"
 
