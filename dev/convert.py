@@ -32,7 +32,7 @@ import re
 import shutil
 import signal
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -144,17 +144,21 @@ def read_ours(path):
     if metadata.get("format") != "train_gpt2_mla":
         fail(f"{path}: its metadata's format is {metadata.get('format', 'missing')}, expected "
              "train_gpt2_mla (of a Hugging Face model, name the folder)")
-    numbers = {key for key, value in asdict(Config(kv_rank=1, rope_dim=2)).items()
-               if isinstance(value, int)}
-    config = {}
-    for key in asdict(Config(kv_rank=1, rope_dim=2)):
-        if key not in metadata and key != "nope_dim":
-            fail(f"{path}: its metadata has no {key}")
-        value = metadata.get(key, "0")
-        if key in numbers and not re.fullmatch("[0-9]{1,8}", value):
-            fail(f"{path}: {key} is {value!r}, expected a whole number")
-        config[key] = int(value) if key in numbers else value
-    config = make_config(path, **config)
+    claimed = {}
+    for f in fields(Config):
+        value = metadata.get(f.name)
+        if f.name == "nope_dim" and value is None:
+            continue  # HS - RD, then
+        if value is None:
+            fail(f"{path}: its metadata has no {f.name}")
+        if f.type is int and not re.fullmatch("[0-9]{1,8}", value):
+            fail(f"{path}: {f.name} is {value!r}, expected a whole number")
+        claimed[f.name] = f.type(value)
+    config = make_config(path, **claimed)
+    for key, value in claimed.items():
+        if value != getattr(config, key):
+            fail(f"{path}: {key} is {value}, expected {getattr(config, key)} for "
+                 f"{config.attention} with position {config.position}")
     names = [name for name in shapes if not name.startswith(("adam.", "ref."))]
     check_shapes(path, config, {name: shapes[name] for name in names})
     notes = ["the optimizer's moments do not come along"] if len(names) < len(shapes) else []

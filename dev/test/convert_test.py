@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -107,6 +108,8 @@ def ours(path):
 def same_tensors(one, other):
     """Two safetensors files have the same tensors, to the bit, under the same names."""
     a, b = load_file(one), load_file(other)
+    for path in (one, other):  # so that the data is aligned
+        assert int.from_bytes(Path(path).read_bytes()[:8], "little") % 8 == 0
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape, name
@@ -312,6 +315,37 @@ def test_mla_rank(folder):
     return f"loss {loss_of(before):.4f}; at C/4 {losses[1]:.4f}, rank cut on data {aware:.4f}"
 
 
+def test_mla_data(folder):
+    """Mean and covariance are those of what attention reads; for given ones the cut is the best
+    that (31a) allows, and exact at the mean, whatever the rank."""
+    model = convert.read(folder / "mha.safetensors")
+    gpt, n = ours(folder / "mha.safetensors"), 96
+    mean, covariance = convert.moments_on(model, TEXT, n)[0]
+    ids = torch.tensor(list(TEXT.read_bytes()[:n])).view(2, 48)
+    with torch.no_grad():
+        x = gpt.h[0].ln_1(gpt.wte(ids) + gpt.wpe.weight).flatten(0, 1).double().numpy()  # (n, C)
+    assert np.abs(mean.numpy() - x.mean(0)).max() < 1e-5
+    assert np.abs(covariance.numpy() - np.cov(x.T, bias=True)).max() < 1e-5
+    draw, C = np.random.default_rng(1), 32
+    mean, root = torch.tensor(draw.normal(size=C)), draw.normal(size=(C, C)) ** 3
+    w = {name: t().double() for name, t in model.tensors.items()}
+    old = lambda name: w[f"h.1.{name}"]
+    W, b_V = old("attn.c_attn.weight")[C:], old("attn.c_attn.bias")[2 * C:]      # (2C, C), (C)
+    for rank in (1, 8, 20):
+        new, kept = convert.layer_to_mla("", 1, model.config, old, rank,
+                                         (mean, torch.tensor(root @ root.T)))
+        up = new["attn.kv_b_proj.weight"].view(4, 2, 8, rank).transpose(0, 1).reshape(2 * C, rank)
+        cut = up @ new["attn.kv_a_proj_with_mqa.weight"]                         # (2C, C)
+        S = np.linalg.svd(W.numpy() @ root)[1]
+        lost, least = np.linalg.norm((W - cut).numpy() @ root) ** 2, (S[rank:] ** 2).sum()
+        assert least * 0.999999 < lost < least * 1.001, (rank, lost, least)
+        assert abs(kept - 1 + least / (S ** 2).sum()) < 1e-3
+        moved = mean + new["ln_1.bias"] - old("ln_1.bias")                       # (C)
+        before = old("attn.c_proj.weight") @ (W[C:] @ mean + b_V) + old("attn.c_proj.bias")
+        after = old("attn.c_proj.weight") @ (cut[C:] @ moved) + new["attn.c_proj.bias"]
+        assert (before - after).abs().max() < 1e-9
+
+
 def test_mla_no_biases(folder):
     """Without a bias of queries ln_1 stays as it is, even where its weight holds a zero."""
     w, path = load_file(folder / "nanoFalse.safetensors"), folder / "z.safetensors"
@@ -341,11 +375,14 @@ def check_tokenizer(folder, name, tokens, eot, encode):
     converted(folder / f"{name}.safetensors", folder / f"{name}.d")
     theirs = AutoTokenizer.from_pretrained(folder / f"{name}.d")
     for text in ("It's 3 o'clock,  he said.\n\n\tNa\xefve \u4e16\u754c! don't  ",
-                 TEXT.read_text()[:5000]):
+                 "".join(map(chr, range(256))), TEXT.read_text()[:5000]):
         found = theirs(text)["input_ids"]
         assert found == list(encode(text.encode())), name
         assert theirs.decode(found) == text
     assert theirs.eos_token_id == (eot if len(tokens[eot]) > 1 else None)
+    plain = Tokenizer.from_file(str(folder / f"{name}.d/tokenizer.json"))
+    assert plain.encode("a<|endoftext|>").ids[1:] == (
+        [eot] if theirs.eos_token_id else list(b"<|endoftext|>"))
     out = converted(folder / f"{name}.d", folder / f"{name}2.bin")
     assert f"its tokenizer, {V} tokens" in out, out
     assert (folder / f"{name}2_tokenizer.bin").read_bytes() == \
@@ -360,8 +397,18 @@ def test_tokenizers(folder, gpt2):
     check_tokenizer(folder, "byte", *prepro.byte_tokenizer())
     if gpt2:
         check_tokenizer(folder, "gpt2", *prepro.gpt2_tokenizer(gpt2))
-    # As transformers' own GPT-2 has it on the hub: vocab.json and merges.txt.
+    # Version 1 does not say what ends a text: GPT-2's 50256.
+    many = [bytes([i % 256, i // 256]) for i in range(50257)]
+    for version, eot in ((2, 7), (1, 50256)):
+        old = bytearray(prepro.tokenizer_file(many, 7))
+        old[4] = version
+        (folder / "old.bin").write_bytes(old)
+        assert convert.read_tokenizer(folder / "old.bin") == (many, eot)
     whole = json.loads((folder / "bpe.d/tokenizer.json").read_text())
+    whole["pre_tokenizer"]["add_prefix_space"] = True
+    (folder / "bpe.d/tokenizer.json").write_text(json.dumps(whole))
+    assert "not GPT-2's kind" in converted(folder / "bpe.d", folder / "bpe5.safetensors")
+    # As transformers' own GPT-2 has it on the hub: vocab.json and merges.txt.
     os.remove(folder / "bpe.d/tokenizer.json")
     (folder / "bpe.d/vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
     merges = [" ".join(pair) for pair in whole["model"]["merges"]]
@@ -496,14 +543,23 @@ def test_hostile_files(top):
     nan = bytearray(llmc)
     nan[-4:] = struct.pack("<f", float("nan"))
     src.write_bytes(nan)
-    refused([src, dst], "ln_f.bias holds numbers that are not finite", folder)
+    for target in (dst, folder / "new"):  # found out at its very end
+        refused([src, target], "ln_f.bias holds numbers that are not finite", folder)
+        assert not list(folder.glob("new*"))
+    nan[-4:] = struct.pack("<f", 1e6)
+    src.write_bytes(nan)
+    refused([src, folder / "new", "--dtype", "f16"], "holds 1e+06, too large for", folder)
+    random_gpt2(50, vocab_size=65537, n_positions=4, n_embd=4, n_layer=1,
+                n_head=1).save_pretrained(folder / "wide")
+    refused([folder / "wide", dst], "vocabulary 65537, channels 4, expected at most", folder)
 
     whole = sources["ours"]
     n = int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8:8 + n])
     for key, value in [("n_layer", "16777216"), ("n_layer", "1"), ("n_layer", "x"),
                        ("vocab_size", "16777216"), ("n_embd", "9" * 30), ("n_embd", "-4"),
-                       ("n_head", "0"), ("n_head", "3"), ("n_kv_head", "0"), ("kv_rank", "1e9"),
+                       ("n_head", "0"), ("n_head", "3"), ("n_kv_head", "0"), ("n_kv_head", "2"),
+                       ("kv_rank", "1e9"), ("kv_rank", "8"), ("rope_dim", "4"),
                        ("attention", "mla"), ("attention", "flash"), ("position", "rope"),
                        ("block_size", "47"), ("format", "pt"), ("latent_norm", None)]:
         changed = json.loads(json.dumps(header))
@@ -625,17 +681,18 @@ def main():
     began = time.time()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tests = [test_llmc, test_hf, test_nanogpt, test_hub, test_mla_exact, test_mla_rank,
-                 test_mla_no_biases, lambda f: test_tokenizers(f, args.gpt2_files), test_refusals,
-                 test_hostile_files, lambda f: test_memory(f, vocab_size=20000, n_positions=256,
-                                                           n_embd=256, n_layer=12, n_head=4)]
+        tests = dict.fromkeys([test_llmc, test_hf, test_nanogpt, test_hub, test_mla_exact,
+                               test_mla_rank, test_mla_data, test_mla_no_biases, test_tokenizers,
+                               test_refusals, test_hostile_files], {})
+        tests[test_tokenizers] = {"gpt2": args.gpt2_files}
+        tests[test_memory] = dict(vocab_size=20000, n_positions=256, n_embd=384, n_layer=12,
+                                  n_head=6)
         if args.large:
-            tests = [lambda f: test_memory(f, vocab_size=50257, n_positions=1024, n_embd=768,
-                                           n_layer=12, n_head=12)]
-        for test in tests:
-            said = test(folder)
-            name = test.__name__ if test.__name__ != "<lambda>" else test.__code__.co_names[0]
-            print(f"{name}: as expected{', ' + said if said else ''} "
+            tests = {test_memory: dict(vocab_size=50257, n_positions=1024, n_embd=768, n_layer=12,
+                                       n_head=12)}
+        for test, more in tests.items():
+            said = test(folder, **more)
+            print(f"{test.__name__}: as expected{', ' + said if said else ''} "
                   f"({time.time() - began:.0f} s)", flush=True)
 
 
