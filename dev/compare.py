@@ -188,6 +188,7 @@ class Run:
     """
 
     also = []  # what else a run is known by: texts
+    keeps_model = False  # or the checkpoint goes when the result is there
     held = None  # the lock of the folder, which runs hold on to
 
     def __init__(self, name, program, options, seed, model, out, hashes):
@@ -267,7 +268,8 @@ class Run:
             "compiler": said.get("compiler", "")}
         self.file(".json.tmp").write_text(json.dumps(self.result, indent=1))
         self.file(".json.tmp").rename(self.file(".json"))
-        self.file(".safetensors").unlink(missing_ok=True)
+        if not self.keeps_model:
+            self.file(".safetensors").unlink(missing_ok=True)
 
 
 def duration(seconds):

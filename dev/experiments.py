@@ -13,20 +13,24 @@
     rank      loss against what a decoder keeps
     data      tinyshakespeare; novels in tokens of a BPE (dev/novels.py --vocab 10000)
     size      models of 6 and of 25 million parameters: a GPU's work (--device cuda, bfloat16)
+    convert   mha and gqa, trained, rewritten as mla and fine-tuned; mla from scratch beside them
 
 Data: data/novels_train.txt and data/novels_val.txt as dev/novels.py makes them (--data FOLDER for
 another place). All runs of a seed belong on one kind of processor. Interrupted, the same command
 goes on; CSVs from several machines are joined by adding their rows. Needs numpy, --device cuda also
-PyTorch.
+PyTorch, convert PyTorch and safetensors.
 """
 
 import argparse
+import concurrent.futures
 import csv
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import compare
@@ -97,6 +101,18 @@ DATA = {f"{name}, {row}": f"{KINDS[row]} {files} --learning-rate 4e-3"
         for name, files in (("tinyshakespeare", SHAKESPEARE), ("BPE", BPE))
         for row in ("mha rope", "mla decoupled")}
 
+# From MHA to MLA (the writeup's section 12): what is trained from scratch, and what becomes of it:
+# row: (its base, rank, whether the rank is cut with the data in view).
+RANKS_KEPT = (128, 64, 32, 16)
+FROM_SCRATCH = {row: KINDS[row] for row in ("mha learned", "gqa learned")} | {
+    f"{row}, plain, rank {R}": f"{KINDS[row]} --q-rank 0 --latent-norm none --kv-rank {R}"
+    for row in ("mla learned", "gqla learned") for R in RANKS_KEPT}
+REWRITTEN = {f"{kind} to rank {R}{way}": (f"{kind} learned", R, bool(way))
+             for kind in ("mha", "gqa") for R in RANKS_KEPT for way in ("", ", by data")}
+TUNING_STEPS = 400  # a tenth
+TUNING_RATES = ["3e-4", "1e-3", "3e-3"]
+TUNING_SEED = 101   # chooses the rate, and is not reported
+
 SIX, FOUR = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4]
 EXPERIMENTS = {  # name: list of (row, options, seeds); the others rest on rates
     "rates": [(row, options, RATE_SEEDS) for row, options in {**KINDS, **STEPS}.items()],
@@ -112,6 +128,8 @@ EXPERIMENTS = {  # name: list of (row, options, seeds); the others rest on rates
     "rank": [(row, KINDS[row], FOUR) for row in ("mha rope", "gqa rope", "mqa rope",
                                                  "mla decoupled", "gqla decoupled")]
             + [(row, options, FOUR) for row, options in RANKS.items()],
+    "convert": [(row, options, [1, 2, 3] + [TUNING_SEED] * ("rank" not in row))
+                for row, options in FROM_SCRATCH.items()],
 }
 
 
@@ -182,7 +200,8 @@ class Torch(compare.Run):
 
     def start(self, threads):
         o, init = self.options, self.file(".init")
-        model = {k: v for k, v in o.items() if k not in self.PASSED_ON or k == "--seed"}
+        model = {k: v for k, v in o.items()
+                 if k not in self.PASSED_ON or k in ("--seed", "--load")}
         made = subprocess.run([self.program, *compare.command_line({**model, "--steps": "0"}),
                                "--train-data", o["--train-data"], "--save", init],
                               capture_output=True, text=True)
@@ -197,7 +216,8 @@ class Torch(compare.Run):
             "--warmup", o.get("--warmup", str((self.steps + 19) // 20)), "--beta2", "0.99",
             "--log", self.file(".csv"), "--val-every", o["--val-every"], "--print-every", "50",
             "--batch-size", o.get("--batch-size", "8"),
-            "--eval-batch-size", str(32768 // int(o.get("--seq-len", 128))), *self.extra]
+            "--eval-batch-size", str(32768 // int(o.get("--seq-len", 128))), *self.extra,
+            *["--save", self.file(".safetensors")] * self.keeps_model]
         with open(self.file(".out"), "w") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output,
                                             start_new_session=True, pass_fds=[self.held.fileno()])
@@ -212,35 +232,51 @@ def gpu_name():
     return torch.cuda.get_device_name()
 
 
-def run_experiment(name, options, folder):
-    """Runs what is missing of an experiment, adds it to its CSV; compares what was asked again."""
-    published = {(e["row"], e["seed"], e["learning_rate"]): e for e in read_results(name, folder)}
-    program, hashes, runs = compare.copied(compare.build(ROOT), options.out.resolve()), {}, []
-    steps = 2000 if name == "rates" else 4000
+def settings(row, text, steps, options):
+    """A run's options, a dict: what the row's text names, over what all rows share"""
+    data = shlex.quote(str(Path(options.data).resolve()))
+    words = {**compare.parse_options(NOVELS.format(data=data), row),
+             "--steps": str(steps), "--val-every": "1000", "--val-batches": "100",
+             **compare.parse_options(text.format(data=data), row)}
+    if options.quick:
+        words["--steps"] = "300"
+    if not Path(words["--train-data"]).exists():
+        raise SystemExit(f"{words['--train-data']}: not there; python3 dev/novels.py makes the "
+                         "novels (--vocab 10000: as tokens), make shakespeare the rest")
+    compare.add_data(words)
+    return words
+
+
+def new_run(row, text, rate, seed, words, program, model, hashes, options, how="--graph"):
+    """A run of the C program, on a GPU of PyTorch's model. row, text and rate are for the CSV."""
+    arguments = (row, program, {**words, "--learning-rate": rate}, seed, model,
+                 options.out.resolve(), hashes)
     cuda = options.device == "cuda"
-    data = Path(options.data).resolve()
-    matched = [entry for entry in EXPERIMENTS[name]
-               if not options.only or any(entry[0].startswith(only) for only in options.only)]
-    for row, text, seeds in matched:
-        text = text.format(data=shlex.quote(str(data)))
-        words = {**compare.parse_options(NOVELS.format(data=shlex.quote(str(data))), name),
-                 "--steps": str(steps), "--val-every": "1000", "--val-batches": "100",
-                 **compare.parse_options(text, row)}
-        if options.quick:
-            words["--steps"] = "300"
-        if not Path(words["--train-data"]).exists():
-            raise SystemExit(f"{words['--train-data']}: not there; python3 dev/novels.py makes the "
-                             "novels (--vocab 10000: as tokens), make shakespeare the rest")
-        compare.add_data(words)
-        model = compare.probe(program, words)
-        for rate in RATES if name == "rates" else [rate_of(row, text, folder)]:
-            for seed in options.seeds or seeds:
-                arguments = (row, program, {**words, "--learning-rate": rate}, seed, model,
-                             options.out.resolve(), hashes)
-                extra = ["--bf16", "--compile"] if name == "size" else ["--graph"]
-                run = Torch(*arguments, extra=extra) if cuda else compare.Run(*arguments)
-                run.row, run.rate = row, rate
-                runs.append(run)
+    run = Torch(*arguments, extra=how.split()) if cuda else compare.Run(*arguments)
+    run.row, run.text, run.rate, run.data = row, text, rate, hashes[words["--train-data"]][:8]
+    return run
+
+
+def csv_row(run):
+    """What the CSV says of a run that has a result"""
+    result, cuda = run.result, isinstance(run, Torch)
+    return {**{key: result[key] for key in ("parameters", "cache", "vector_bytes")},
+            "row": run.row, "seed": run.seed, "learning_rate": run.rate, "options": run.text,
+            "compiler": result.get("compiler", ""), "bits_per_byte": result["bits_per_byte"] or "",
+            "program": "PyTorch" if cuda else "C", "commit": commit(), "data": run.data,
+            "val_loss": f"{result['val_loss']:.6f}",
+            "best_val_loss": f"{result.get('best_val_loss', float('nan')):.6f}",
+            "tokens_per_second": "" if cuda else f"{result['tokens_per_second']:.0f}",
+            "seconds": f"{result['seconds']:.0f}",
+            "processor": gpu_name() if cuda else result["processor"]}
+
+
+def run_missing(name, runs, options, folder):
+    """Makes the runs that the CSV lacks, and adds them to it -> how many failed.
+
+    If --only or --seeds name runs that are all there, these are made again and compared.
+    """
+    published = {(e["row"], e["seed"], e["learning_rate"]): e for e in read_results(name, folder)}
     missing = [run for run in runs if (run.row, str(run.seed), run.rate) not in published]
     if missing or not (options.only or options.seeds):
         runs = missing
@@ -249,14 +285,11 @@ def run_experiment(name, options, folder):
             for ending in (".json", ".csv", ".safetensors"):
                 run.file(ending).unlink(missing_ok=True)
             run.result = None
-    if options.only and not matched:
-        raise SystemExit(f"--only: {name} has no such row, expected the beginning of one of "
-                         + ", ".join(row for row, _, _ in EXPERIMENTS[name]))
     if not runs:
         print(f"{name}: all runs are in {folder / name}.csv")
         return 0
     for run in runs:  # what stands beside it in the CSV must be made alike
-        is_now = ("PyTorch" if cuda else "C", hashes[run.options["--train-data"]][:8])
+        is_now = ("PyTorch" if isinstance(run, Torch) else "C", run.data)
         for entry in published.values():
             was = (entry["program"], entry["data"])
             if entry["row"] == run.row and was != is_now:
@@ -266,19 +299,7 @@ def run_experiment(name, options, folder):
     runs.sort(key=lambda run: run.seed)  # so that an interruption leaves whole seeds
 
     def done(run):
-        result, old = run.result, published.get((run.row, str(run.seed), run.rate))
-        entry = {
-            **{key: result[key] for key in ("parameters", "cache", "vector_bytes")},
-            "compiler": result.get("compiler", ""),
-            "row": run.row, "seed": run.seed, "learning_rate": run.rate,
-            "options": dict((r, o) for r, o, _ in EXPERIMENTS[name])[run.row],
-            "bits_per_byte": result["bits_per_byte"] or "",
-            "program": "PyTorch" if cuda else "C", "commit": commit(),
-            "val_loss": f"{result['val_loss']:.6f}",
-            "best_val_loss": f"{result.get('best_val_loss', float('nan')):.6f}",
-            "tokens_per_second": "" if cuda else f"{result['tokens_per_second']:.0f}",
-            "seconds": f"{result['seconds']:.0f}", "data": hashes[run.options["--train-data"]][:8],
-            "processor": gpu_name() if cuda else result["processor"]}
+        old, entry = published.get((run.row, str(run.seed), run.rate)), csv_row(run)
         if old is None:
             add_result(name, entry, folder)
         elif old["val_loss"] == entry["val_loss"]:
@@ -290,6 +311,117 @@ def run_experiment(name, options, folder):
 
     compare.run_all(runs, options.jobs or (os.cpu_count() or 1), 1, done)
     return sum(run.failure is not None for run in runs)
+
+
+def run_experiment(name, options, folder):
+    """All of an experiment that --only and --seeds leave -> how many runs failed"""
+    asked = lambda row: not options.only or any(row.startswith(only) for only in options.only)
+    rows = [row for row, _, _ in EXPERIMENTS[name]] + [*REWRITTEN] * (name == "convert")
+    if not any(map(asked, rows)):
+        raise SystemExit(f"--only: {name} has no such row, expected the beginning of one of "
+                         + ", ".join(rows))
+    program, hashes, runs = compare.copied(compare.build(ROOT), options.out.resolve()), {}, []
+    for row, text, seeds in EXPERIMENTS[name]:
+        if not asked(row):
+            continue
+        words = settings(row, text, 2000 if name == "rates" else 4000, options)
+        model = compare.probe(program, words)
+        for rate in RATES if name == "rates" else [rate_of(row, text, folder)]:
+            for seed in options.seeds or seeds:
+                runs.append(new_run(row, text, rate, seed, words, program, model, hashes, options,
+                                    "--bf16 --compile" if name == "size" else "--graph"))
+                runs[-1].keeps_model = name == "convert" and "rank" not in row
+    failed = run_missing(name, runs, options, folder) if runs else 0
+    if name == "convert":
+        failed += run_rewritten([row for row in REWRITTEN if asked(row)], program, hashes, options,
+                                folder)
+    return failed
+
+
+# ---- From MHA to MLA
+
+def rewritten(row, seed, program, hashes, options, folder):
+    """A base's trained model of that seed, rewritten as row has it -> path of its checkpoint"""
+    import convert
+    base, rank, by_data = REWRITTEN[row]
+    words = settings(base, KINDS[base], 4000, options)
+    trained = new_run(base, KINDS[base], rate_of(base, KINDS[base], folder), seed, words, program,
+                      {}, hashes, options)
+    path = trained.file(f".{rank}{'.data' if by_data else ''}.safetensors")
+    if not trained.file(".safetensors").exists():
+        raise SystemExit(f"{trained.file('.safetensors')}: the trained model is not there; "
+                         f'experiments.py convert --only "{base}" --seeds {seed} makes it')
+    if not path.exists():
+        model = convert.read(trained.file(".safetensors"))
+        data = words["--train-data"] if by_data else None
+        model = convert.to_mla(trained.name, model, rank, data, show=lambda line: None)
+        convert.write_ours(model, path)
+    return path
+
+
+def loss_of(program, path, val_data):
+    """A checkpoint's validation loss, by the C program with one thread"""
+    ran = subprocess.run([program, "--load", path, "--eval", "--val-data", val_data],
+                         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    found = re.search(r"loss ([\d.]+)", ran.stdout)
+    if ran.returncode or not found:
+        raise SystemExit(f"{path}: --eval failed: {(ran.stderr or ran.stdout).strip()}")
+    return float(found[1])
+
+
+def tuning_rate(folder=RESULTS):
+    """The rate of fine-tuning at which models of rank 32 end lowest; "1e-3" without any"""
+    losses = {}
+    for entry in read_results("convert", folder):
+        if entry["row"] in REWRITTEN and entry["seed"] == str(TUNING_SEED):
+            losses.setdefault(entry["learning_rate"], []).append(float(entry["val_loss"]))
+    return min(losses, key=lambda rate: sum(losses[rate]), default="1e-3")
+
+
+def run_rewritten(rows, program, hashes, options, folder):
+    """These rows of REWRITTEN: the loss at once (a row of its own), then after fine-tuning.
+
+    -> how many runs failed
+    """
+    def at_once(job):
+        row, seed, _ = job
+        began, path = time.time(), rewritten(row, seed, program, hashes, options, folder)
+        words = settings(row, f"--load {shlex.quote(str(path))}", TUNING_STEPS, options)
+        model, loss = compare.probe(program, words), loss_of(program, path, words["--val-data"])
+        entry = {"row": f"{row}, at once", "seed": seed, "program": "C", "val_loss": f"{loss:.6f}",
+                 "options": text(row), "parameters": model["parameters"], "cache": model["cache"],
+                 "seconds": f"{time.time() - began:.0f}", "processor": compare.processor(),
+                 "commit": commit(), "data": hashes[words["--train-data"]][:8]}
+        return entry, words, model
+
+    def text(row):
+        _, rank, by_data = REWRITTEN[row]
+        return f"--to mla --kv-rank {rank}" + " --data novels_train.txt" * by_data
+
+    def tune(jobs):
+        published = {(e["row"], e["seed"], e["learning_rate"]): e
+                     for e in read_results("convert", folder)}
+        key = lambda row, seed, rate: (row, str(seed), rate)
+        missing = [job for job in jobs if key(*job) not in published]
+        if missing or not (options.only or options.seeds):
+            jobs = missing
+        runs = []
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for (row, seed, rate), (entry, words, model) in zip(jobs, pool.map(at_once, jobs)):
+                if seed != TUNING_SEED and (entry["row"], str(seed), "") not in published:
+                    add_result("convert", entry, folder)
+                compare.show(f"{entry['row']}, seed {seed}: {entry['val_loss']}")
+                runs.append(new_run(row, text(row), rate, seed, words, program, model, hashes,
+                                    options))
+        return run_missing("convert", runs, options, folder) if runs else 0
+
+    if not options.seeds:
+        failed = tune([(row, TUNING_SEED, rate) for rate in TUNING_RATES for row in rows
+                       if row.endswith("rank 32")])
+        if failed:
+            return failed
+    return tune([(row, seed, tuning_rate(folder)) for seed in options.seeds or [1, 2, 3]
+                 for row in rows])
 
 
 def main():
