@@ -211,7 +211,7 @@ rm -r data
 for V in 118 128 300; do
     $RUN "$program" $tiny --train-data text --vocab-size $V --steps 9 --sample-every 9 \
         --save m$V >out
-    holds "vocabulary $V: a sample" [ "$(sed '1,/^step 9/d; /^9 steps/,$d' out | tr -d '\n')" ]
+    holds "vocabulary $V: a sample" [ "$(sed '1,/^sample/d; /^9 steps/,$d' out | tr -d '\n')" ]
     $RUN "$program" --eval --load m$V --val-data text >out
     holds "vocabulary $V: bits per byte" grep -q 'bits_per_byte [0-9]' out
 done
