@@ -3,6 +3,8 @@
 # make decode-speed tokens per second of every kind of attention and cache, to dev/speed/decode_speed.md (6 minutes)
 # make profile     where the time of a training step goes; ./step_profile takes the trainer's options
 # make shakespeare tinyshakespeare for the default run (needs Python and a network)
+# make finetune    GPT-2 124M as MLA, a quarter of its cache, fine-tuned on Shakespeare, to
+#                  data/gpt2/ (a network; pip install torch numpy safetensors huggingface_hub tiktoken)
 # make sanitize    the tests again under address and undefined-behaviour sanitizers
 # make fuzz        a million inputs for everything that reads files, prompts and options (clang; ten minutes)
 # make clean
@@ -53,6 +55,20 @@ sanitize:
 shakespeare:
 	python3 prepro_tinyshakespeare.py
 
+# Without a network: make finetune GPT2=FOLDER GPT2_DATA="--input TEXT --gpt2-files FOLDER"
+GPT2      ?= openai-community/gpt2
+GPT2_DATA ?= --gpt2
+TUNING    ?= --steps 300 --learning-rate 5e-5 --batch-size 4 --seq-len 64
+finetune: train_gpt2_mla
+	python3 prepro_tinyshakespeare.py $(GPT2_DATA) --out-dir data/gpt2
+	python3 dev/convert.py $(GPT2) data/gpt2/mla.safetensors --to mla --kv-rank 384 \
+	    --data data/gpt2/tinyshakespeare_train.bin
+	./train_gpt2_mla --load data/gpt2/mla.safetensors --train-data data/gpt2/tinyshakespeare_train.bin \
+	    --val-data data/gpt2/tinyshakespeare_val.bin --val-every 100 --val-batches 20 --sample-every 100 \
+	    $(TUNING) --save data/gpt2/tuned.safetensors
+	./train_gpt2_mla --load data/gpt2/tuned.safetensors --generate 200 --prompt "ROMEO:" \
+	    --tokenizer data/gpt2/tinyshakespeare_tokenizer.bin
+
 FUZZ_RUNS ?= 1000000
 fuzz: dev/test/fuzz/fuzz.c train_gpt2_mla.c
 	clang -g -O1 -std=c11 -march=native -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas \
@@ -74,4 +90,4 @@ profile: step_profile
 decode-speed: decode_speed
 	./decode_speed > dev/speed/decode_speed.tmp && mv dev/speed/decode_speed.tmp dev/speed/decode_speed.md
 
-.PHONY: decode-speed profile all test sanitize fuzz shakespeare clean
+.PHONY: decode-speed profile all test sanitize fuzz shakespeare finetune clean

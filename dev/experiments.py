@@ -383,8 +383,8 @@ def run_rewritten(rows, program, hashes, options, folder):
 
     -> how many runs failed
     """
-    def at_once(job):
-        row, seed, _ = job
+    def at_once(pair):
+        row, seed = pair
         began, path = time.time(), rewritten(row, seed, program, hashes, options, folder)
         words = settings(row, f"--load {shlex.quote(str(path))}", TUNING_STEPS, options)
         model, loss = compare.probe(program, words), loss_of(program, path, words["--val-data"])
@@ -405,14 +405,15 @@ def run_rewritten(rows, program, hashes, options, folder):
         missing = [job for job in jobs if key(*job) not in published]
         if missing or not (options.only or options.seeds):
             jobs = missing
-        runs = []
+        pairs, made = list(dict.fromkeys(job[:2] for job in jobs)), {}
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            for (row, seed, rate), (entry, words, model) in zip(jobs, pool.map(at_once, jobs)):
-                if seed != TUNING_SEED and (entry["row"], str(seed), "") not in published:
+            for pair, (entry, *of_run) in zip(pairs, pool.map(at_once, pairs)):
+                if pair[1] != TUNING_SEED and (entry["row"], str(pair[1]), "") not in published:
                     add_result("convert", entry, folder)
-                compare.show(f"{entry['row']}, seed {seed}: {entry['val_loss']}")
-                runs.append(new_run(row, text(row), rate, seed, words, program, model, hashes,
-                                    options))
+                compare.show(f"{entry['row']}, seed {pair[1]}: {entry['val_loss']}")
+                made[pair] = of_run
+        runs = [new_run(row, text(row), rate, seed, words, program, model, hashes, options)
+                for row, seed, rate in jobs for words, model in [made[row, seed]]]
         return run_missing("convert", runs, options, folder) if runs else 0
 
     if not options.seeds:
