@@ -551,8 +551,9 @@ def moments_on(model, path, tokens=65536):
         fail(f"{path}: no tokens or text: {one_line(error)}")
     if len(data) < 2 or data.max() >= model.config.vocab_size:
         fail(f"{path}: expected two tokens or more, all below {model.config.vocab_size}")
-    gpt, C = GPT(model.config).eval(), model.config.n_embd
-    gpt.load_state_dict({name: tensor() for name, tensor in model.tensors.items()})
+    with torch.device("meta"):  # no numbers yet: those of the model take this place
+        gpt, C = GPT(model.config).eval(), model.config.n_embd
+    gpt.load_state_dict({name: tensor() for name, tensor in model.tensors.items()}, assign=True)
     sums = [[torch.zeros(C).double(), torch.zeros(C, C).double()] for _ in gpt.h]
     for block, sum_of in zip(gpt.h, sums):
         def add(_, args, sum_of=sum_of):
@@ -560,8 +561,8 @@ def moments_on(model, path, tokens=65536):
             sum_of[0] += x.sum(0)
             sum_of[1] += x.T @ x
         block.attn.register_forward_pre_hook(add)
-    for x, _ in windows(data, 8, model.config.block_size):
-        gpt(x)
+    for x, _ in windows(data, 2, model.config.block_size):
+        gpt.hidden(x)
     n = len(data) - 1
     return [(s / n, xx / n - torch.outer(s / n, s / n)) for s, xx in sums]
 

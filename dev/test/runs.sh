@@ -105,6 +105,8 @@ run $tiny --steps 20 --val-data text --save m --log m.csv --resume >out
 holds "a validation that was cut short is made up" says out '^val  20/20 | loss '
 holds "a validation that was cut short comes into the log" cmp m.csv whole.csv
 holds "a validation that was cut short: the checkpoint is the same" cmp m whole
+run $tiny --steps 20 --val-data text --save m --resume >out
+holds "one that was made is not made again" lacks out '^val  20/20'
 
 # --- A reader of standard output that ends, or is not there
 
@@ -327,25 +329,36 @@ at=$(grep "loss $best " out | head -n 1 | tr -dc '0-9/ ' | tr / ' ' | awk '{ pri
 holds "lowest validation loss: said" \
     says out "^lowest validation loss $(printf %.4f "$best") (of .*), after step $at: saved b$"
 holds "--save-best: its loss" [ "$(opens b | sed -n 's/^loss \([0-9.]*\) .*/\1/p')" = "$best" ]
-cat text $source | head -c 2000 >other  # the last validation takes all of it, those before a part
+# The last validation takes all of this, which is easy but for the part that those before it take.
+{ head -c 150 /dev/zero | tr '\0' z; for i in 1 2 3 4 5 6 7; do cat text text text text; done; } \
+    >other
 parts="$tiny --schedule constant --learning-rate 0.02"
-parts="$parts --val-data other --val-batches 2 --val-every 5"
-run $parts --steps 45 | sed -n 's/^val .* loss \([0-9.]*\) .*/\1/p' | head -n 8 | sort -n >losses
-run $parts --steps 40 --save-best b --save m >out
+parts="$parts --val-data other --val-batches 2 --val-every 10"
+run $parts --steps 110 | sed -n 's/^val .* loss \([0-9.]*\) .*/\1/p' | head -n 10 | sort -n >losses
+run $parts --steps 100 --save-best b --save m >out
 in_best() { grep -ao '"val_loss":"[0-9.]*' "$1" | tr -dc '0-9.\n' | awk '{ printf "%.8f", $1 }'; }
 holds "--save-best compares like with like" [ "$(in_best b)" = "$(head -n 1 losses)" ]
 
 # A resumed run knows its lowest loss; a best that is not its own is put aside.
+validated() {  # as begin, to the end of a validation; then stops the run
+    begin $endless --val-every 5 "$@"
+    until grep -qs '^val' out; do :; done; kill $started; wait $started
+}
 rm -f m* b*; begin $endless --val-data text --val-every 5 --save m --save-best b
 until [ -e b ]; do :; done; kill $started; wait $started
 sed -i 's/"best_val_loss":"[0-9]/"best_val_loss":"0/' m; cp b before  # better than any to come
-begin $endless --val-data text --val-every 5 --save m --save-best b --resume
-kill $started; wait $started
+validated --val-data text --save m --save-best b --resume
 holds "--save-best goes on from the best there is" cmp b before
 holds "--save-best that is the run's own is not put aside" [ ! -e b.old ]
-begin $endless --val-data other --val-every 5 --save m --save-best b --resume
-until [ -e b.old ]; do :; done; kill $started; wait $started
+validated --val-data other --save m --save-best b --resume
 holds "a best on other data is put aside" cmp b.old before
+rm -f m* b*; run $tiny --steps 9 --val-data text --save-best b --seed 2 >out; cp b before
+validated --val-data text --save m
+validated --val-data text --save m --save-best b --resume
+holds "another run's best is put aside" cmp b.old before
+sed -i 's/"best_val_loss":"[0-9]/"best_val_loss":"0/' m
+validated --val-data other --save m --resume
+holds "a lowest loss on other data is not kept" says out '^lowest validation loss [1-9]'
 rm -f b*; begin $endless --val-data text --val-every 1000000 --save-best b
 kill $started; wait $started
 holds "--save-best alone, stopped too soon: said" says out '^the model is gone'
