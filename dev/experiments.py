@@ -105,13 +105,14 @@ DATA = {f"{name}, {row}": f"{KINDS[row]} {files} --learning-rate 4e-3"
 # row: (its base, rank, whether the rank is cut with the data in view).
 RANKS_KEPT = (128, 64, 32, 16)
 FROM_SCRATCH = {row: KINDS[row] for row in ("mha learned", "gqa learned")} | {
-    f"{row}, plain, rank {R}": f"{KINDS[row]} --q-rank 0 --latent-norm none --kv-rank {R}"
-    for row in ("mla learned", "gqla learned") for R in RANKS_KEPT}
+    f"{row}, {name}, rank {R}": f"{KINDS[row]} --q-rank 0 --latent-norm {norm} --kv-rank {R}"
+    for row in ("mla learned", "gqla learned") for R in RANKS_KEPT
+    for name, norm in (("plain", "none"), ("layernorm", "layernorm"))}
 REWRITTEN = {f"{kind} to rank {R}{way}": (f"{kind} learned", R, bool(way))
              for kind in ("mha", "gqa") for R in RANKS_KEPT for way in ("", ", by data")}
 TUNING_STEPS = 400  # a tenth
-TUNING_RATES = ["3e-4", "1e-3", "3e-3"]
-TUNING_SEED = 101   # chooses the rate, and is not reported
+TUNING_RATES = ["1e-4", "3e-4", "1e-3", "3e-3"]
+TUNING_SEED = 101   # chooses each rank's rate, and is not reported
 
 SIX, FOUR = [1, 2, 3, 4, 5, 6], [1, 2, 3, 4]
 EXPERIMENTS = {  # name: list of (row, options, seeds); the others rest on rates
@@ -369,11 +370,11 @@ def loss_of(program, path, val_data):
     return float(found[1])
 
 
-def tuning_rate(folder=RESULTS):
-    """The rate of fine-tuning at which models of rank 32 end lowest; "1e-3" without any"""
+def tuning_rate(rank, folder=RESULTS):
+    """The rate of fine-tuning at which models of that rank end lowest; "1e-3" without any"""
     losses = {}
     for entry in read_results("convert", folder):
-        if entry["row"] in REWRITTEN and entry["seed"] == str(TUNING_SEED):
+        if entry["seed"] == str(TUNING_SEED) and entry["row"].endswith(f" to rank {rank}"):
             losses.setdefault(entry["learning_rate"], []).append(float(entry["val_loss"]))
     return min(losses, key=lambda rate: sum(losses[rate]), default="1e-3")
 
@@ -418,11 +419,11 @@ def run_rewritten(rows, program, hashes, options, folder):
 
     if not options.seeds:
         failed = tune([(row, TUNING_SEED, rate) for rate in TUNING_RATES for row in rows
-                       if row.endswith("rank 32")])
+                       if not REWRITTEN[row][2]])
         if failed:
             return failed
-    return tune([(row, seed, tuning_rate(folder)) for seed in options.seeds or [1, 2, 3]
-                 for row in rows])
+    return tune([(row, seed, tuning_rate(REWRITTEN[row][1], folder))
+                 for seed in options.seeds or [1, 2, 3] for row in rows])
 
 
 def main():
