@@ -219,6 +219,65 @@ def changes_table():
                      for text, old, new, alone, joint in changes()])
 
 
+def rewritten_losses():
+    """{row: {seed: loss}} of `convert`: reported seeds, fine-tuned rows at their rank's rate"""
+    found = {}
+    for entry in experiments.read_results("convert"):
+        row, seed = entry["row"], int(entry["seed"])
+        if row in experiments.REWRITTEN:
+            rate = experiments.tuning_rate(experiments.REWRITTEN[row][1])
+            if entry["learning_rate"] != rate:
+                continue
+        if seed != experiments.TUNING_SEED:
+            found.setdefault(row, {})[seed] = float(entry["val_loss"])
+    return found
+
+
+# What becomes of a model, and what it stands beside: column, row for a kind and a rank.
+FATES = [
+    ("at once, by weights", "{kind} to rank {R}, at once"),
+    ("at once, by data", "{kind} to rank {R}, by data, at once"),
+    ("fine-tuned, by weights", "{kind} to rank {R}"),
+    ("fine-tuned, by data", "{kind} to rank {R}, by data"),
+    ("from scratch, no norm", "{mla} learned, plain, rank {R}"),
+    ("from scratch, layernorm", "{mla} learned, layernorm, rank {R}"),
+]
+MLA_OF = {"mha": "mla", "gqa": "gqla"}
+
+
+def fate_row(row, kind, R):
+    return row.format(kind=kind, mla=MLA_OF[kind], R=R)
+
+
+def convert_table():
+    """Trained mha and gqa, rewritten with a latent of R numbers"""
+    found, lines = rewritten_losses(), []
+    for kind in MLA_OF:
+        before = mean_sd(found[f"{kind} learned"].values())
+        for R in experiments.RANKS_KEPT:
+            cells = [mean_sd(found[fate_row(row, kind, R)].values()) for _, row in FATES]
+            lines.append([f"{kind}, R = {R}", entry_of("convert", f"{kind} to rank {R}")["cache"],
+                          experiments.tuning_rate(R), before, *cells])
+    return markdown(["", "cache", "rate", "before", *(name for name, _ in FATES)], lines)
+
+
+def convert_pairs_table():
+    """Differences by seed, each with an interval by itself"""
+    found, lines = rewritten_losses(), []
+    pairs = [("fine-tuned, by data", "fine-tuned, by weights"),
+             ("fine-tuned, by data", "from scratch, layernorm")]
+    for kind in MLA_OF:
+        for R in experiments.RANKS_KEPT:
+            own = {name: found[fate_row(row, kind, R)] for name, row in FATES}
+            exact = found[f"{kind} to rank {max(experiments.RANKS_KEPT)}"]
+            cells = [compare.paired(own["fine-tuned, by data"], exact, 1)]
+            cells += [compare.paired(own[a], own[b], 1) for a, b in pairs]
+            lines.append([f"{kind}, R = {R}", *("" if c["half"] is None else difference(c)
+                                                for c in cells)])
+    return markdown(["fine-tuned, by data, less", "that of R = C, by weights",
+                     "the same rank, by weights", "the same rank from scratch, layernorm"], lines)
+
+
 def headline_table():
     """The rows of `quality` that README shows"""
     found, lines = losses("quality"), []
@@ -244,6 +303,8 @@ TABLES = {
     **{f"size {size}": lambda size=size: against_first_table("size", rows_of("size", has=size))
        for size in ("6M", "25M")},
     "data": data_table,
+    "convert": convert_table,
+    "convert pairs": convert_pairs_table,
     "programs": programs_table,
     "pairs": pairs_table,
     "time": time_table,
@@ -311,6 +372,28 @@ def rank_figure(path):
     plot.save(figure, path)
 
 
+def convert_figure(path):
+    """Loss over the cache of models rewritten as mla: lines of mha solid, of gqa dashed"""
+    figure, axes = plot.new_axes("cached floats per token", "validation loss (nats per byte)",
+                                 (7, 5))
+    found = rewritten_losses()
+    cache = [int(entry_of("convert", f"mha to rank {R}")["cache"]) for R in experiments.RANKS_KEPT]
+    for kind, style in (("mha", "-"), ("gqa", "--")):
+        axes.axhline(np.mean(list(found[f"{kind} learned"].values())), color=plot.GREY, lw=1,
+                     linestyle=style, label=f"{kind} as trained" if kind == "mha" else None)
+        for (name, row), colour in zip(FATES, plot.COLOURS):
+            values = [list(found[fate_row(row, kind, R)].values()) for R in experiments.RANKS_KEPT]
+            errors = [np.std(own, ddof=1) / len(own) ** 0.5 for own in values]
+            axes.errorbar(cache, [np.mean(own) for own in values], yerr=errors, marker="o",
+                          markersize=4, capsize=3, color=colour, linestyle=style,
+                          label=name if kind == "mha" else None)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(cache, [str(x) for x in cache])
+    axes.set_ylim(1.53, 1.76)  # at once, rank 16 is above
+    figure.legend(loc="outside lower left", ncols=2)
+    plot.save(figure, path)
+
+
 def decoding_figure(path, batch=1):
     """Tokens per second over the context, from dev/speed/decode_speed.md"""
     table = [[cell.strip() for cell in line.strip("|").split("|")]
@@ -336,7 +419,7 @@ def decoding_figure(path, batch=1):
 
 
 DRAWINGS = {"changes_loss.svg": changes_figure, "rates_loss.svg": rates_figure,
-            "rank_loss.svg": rank_figure,
+            "rank_loss.svg": rank_figure, "convert_loss.svg": convert_figure,
             "decoding_batch1.svg": decoding_figure,
             "decoding_batch16.svg": lambda path: decoding_figure(path, batch=16)}
 
