@@ -92,14 +92,18 @@ class MlaForCausalLM(PreTrainedModel, GenerationMixin):
                 "use_cache": kwargs.get("use_cache", True), "logits_to_keep": 1}
 
     def forward(self, input_ids, attention_mask=None, labels=None, cache=None,
-                past_key_values=None, use_cache=None, logits_to_keep=0, **unused):
+                past_key_values=None, use_cache=None, logits_to_keep=0, return_dict=True):
         """input_ids (B, T), labels (B, T) or None -> the mean loss of the next tokens or None, and
         logits (B, T, V), or of the last logits_to_keep positions.
 
         Labels are the inputs once more, shifted here; -100 is left out. With use_cache a cache is
-        made and returned; one that is given is continued, by one token.
+        made and returned; one that is given is continued, by one token. return_dict, which
+        generate gives, changes nothing. There are no **kwargs: Trainer would take them for a sign
+        that it need not divide the loss by the number of batches whose gradients it adds up.
         """
         past = cache if cache is not None else past_key_values
+        if past is not None and not isinstance(past, DynamicCache):
+            raise ValueError(f"the cache is a {type(past).__name__}, expected a DynamicCache")
         if attention_mask is not None and not attention_mask.all():
             raise ValueError("attention_mask has zeros, but this model takes no padding: expected "
                              "sequences of one length")

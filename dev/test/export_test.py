@@ -106,12 +106,17 @@ def test_text(folder):
         two = model.generate(torch.cat([ids[:, :9], ids[:, 5:14]]), max_new_tokens=20,
                              do_sample=False)
         assert torch.equal(two[:1], ids[:, :29])
-        try:
-            model(input_ids=ids, attention_mask=torch.arange(ids.shape[1])[None] > 0)
-        except ValueError as error:
-            assert "no padding" in str(error)
-        else:
-            raise AssertionError("padding was taken")
+        for line, call in [
+                ("no padding", lambda: model(ids, torch.arange(ids.shape[1])[None] > 0)),
+                ("StaticCache, expected", lambda: model.generate(
+                    ids[:, :9], max_new_tokens=5, cache_implementation="static")),
+                ("unexpected keyword", lambda: model(ids, position_ids=ids))]:
+            try:
+                call()
+            except (ValueError, TypeError) as error:
+                assert line in str(error), error
+            else:
+                raise AssertionError(f"nothing was said of {line}")
 
 
 def export_cache(model):
