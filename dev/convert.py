@@ -532,7 +532,9 @@ def hf_tokenizer(tokenizer):
                        "continuing_subword_prefix": None, "end_of_word_suffix": None,
                        "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
                        "vocab": vocabulary, "merges": [[text(a), text(b)] for a, b in merges]}}
+    # Without these names transformers before 5 also give token types, which GPT-2 adds to its input.
     settings = {"tokenizer_class": "PreTrainedTokenizerFast",
+                "model_input_names": ["input_ids", "attention_mask"],
                 "clean_up_tokenization_spaces": False}
     if ends:
         settings |= dict.fromkeys(("bos_token", "eos_token"), tokens[eot].decode())

@@ -379,6 +379,8 @@ def check_tokenizer(folder, name, tokens, eot, encode):
         found = theirs(text)["input_ids"]
         assert found == list(encode(text.encode())), name
         assert theirs.decode(found) == text
+    settings = json.loads((folder / f"{name}.d/tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     assert theirs.eos_token_id == (eot if len(tokens[eot]) > 1 else None)
     plain = Tokenizer.from_file(str(folder / f"{name}.d/tokenizer.json"))
     assert plain.encode("a<|endoftext|>").ids[1:] == (
