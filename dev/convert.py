@@ -547,12 +547,16 @@ def hf_tokenizer(tokenizer):
 def moments_on(model, path, tokens=65536):
     """What attention reads, on the first tokens of a file: per layer the mean (C) and covariance
     (C, C) of ln_1's output, in float64."""
+    V = model.config.vocab_size
     try:
-        data = read_tokens(path)[0][:tokens + 1]
+        data, is_text = read_tokens(path)
     except (OSError, ValueError) as error:
         fail(f"{path}: no tokens or text: {one_line(error)}")
-    if len(data) < 2 or data.max() >= model.config.vocab_size:
-        fail(f"{path}: expected two tokens or more, all below {model.config.vocab_size}")
+    if is_text and V > 256:
+        fail(f"{path}: a text, read as bytes, but the model has {V} tokens: expected a token file")
+    data = data[:tokens + 1]
+    if len(data) < 2 or data.max() >= V:
+        fail(f"{path}: expected two tokens or more, all below {V}")
     with torch.device("meta"):  # no numbers yet: those of the model take this place
         gpt, C = GPT(model.config).eval(), model.config.n_embd
     gpt.load_state_dict({name: tensor() for name, tensor in model.tensors.items()}, assign=True)

@@ -472,6 +472,8 @@ def test_refusals(top):
     refused([mha, dst, "--kv-rank", 3], "expected both or neither", folder, 2)
     refused([mha, dst, "--dtype", "int8"], "--dtype", folder, 2)
     refused([mha, dst, "--to", "mla", "--kv-rank", 8, "--data", hf / "no"], "No such file", folder)
+    refused([top / "h2.safetensors", dst, "--to", "mla", "--kv-rank", 8, "--data", TEXT],
+            "a text, read as bytes, but the model has 257 tokens", folder)
     (folder / "t.bin").write_bytes(prepro.tokenizer_file([b"a"] * 257, 0))
     refused([mha, dst, "--tokenizer", folder / "t.bin"], "257 tokens, the model's vocab", folder)
     refused([mha, dst, "--tokenizer", mha], "expected a tokenizer", folder)
@@ -660,11 +662,15 @@ def test_memory(folder, **size):
     size = sum(p.numel() * 4 for p in theirs.parameters())
     write_llmc(folder / "big.bin", theirs)
     del theirs
+    tokens = struct.pack("<256i600H", 20240520, 1, 600, *[0] * 253, *range(600))
+    (folder / "tokens.bin").write_bytes(tokens)
     alone = 0 if size > 400e6 else peak_memory("--help")
     peaks = {}
     for src, dst, more in (("big.bin", "big.safetensors", ()), ("big.safetensors", "big.hf", ()),
                            ("big.hf", "big2.safetensors", ()),
-                           ("big.bin", "big_mla.safetensors", ("--to", "mla", "--kv-rank", 128))):
+                           ("big.bin", "big_mla.safetensors", ("--to", "mla", "--kv-rank", 128)),
+                           ("big.bin", "big_data.safetensors", (
+                               "--to", "mla", "--kv-rank", 128, "--data", folder / "tokens.bin"))):
         peaks[dst] = (peak_memory(folder / src, folder / dst, *more) - alone) / size
     same_tensors(folder / "big.safetensors", folder / "big2.safetensors")
     assert max(peaks.values()) < 3, peaks
