@@ -266,17 +266,11 @@ def read_nanogpt(path):
     config = make_config(path, attention="mha", position="learned",
                          **{key: args.get(key) for key in keys})
     shapes = check_pickled(path, state)
-    if config.n_layer > len(shapes):
-        fail(f"{path}: {config.n_layer} layers, but {len(shapes)} tensors in all: expected more")
-    if not args.get("bias", True):
-        prefix = "_orig_mod." if any(n.startswith("_orig_mod.") for n in shapes) else ""
-        for name, shape in shapes_of(config).items():
-            if name.endswith("bias"):
-                if config.n_embd > LARGEST:
-                    fail(f"{path}: n_embd is {config.n_embd}, expected at most {LARGEST}")
-                state[f"{prefix}transformer.{name}"] = torch.zeros(shape)
-                shapes[f"{prefix}transformer.{name}"] = shape
-    tensors = from_gpt2_names(path, config, shapes, state.__getitem__, False)
+    if not args.get("bias", True):  # all weights but those of embeddings and head have one
+        shapes |= {name.removesuffix("weight") + "bias": shape[:1] for name, shape in shapes.items()
+                   if re.search(r"(h\.\d+|ln_f)\..*weight$", name)}
+    get = lambda name: state[name] if name in state else torch.zeros(shapes[name])
+    tensors = from_gpt2_names(path, config, shapes, get, False)
     notes = ["nanoGPT's GELU is exact, this program's GPT-2's tanh form: logits differ by some "
              "1e-3"]
     if "optimizer" in checkpoint:
@@ -415,6 +409,13 @@ def letters():
     return [chr(b if b in visible else next(others)) for b in range(256)]
 
 
+LETTERS = letters()
+
+
+def spelled(token):
+    return "".join(LETTERS[b] for b in token)
+
+
 def read_tokenizer(path):
     """llm.c's tokenizer file -> tokens (list of bytes), id of the end of text"""
     try:
@@ -488,7 +489,7 @@ def read_hf_tokenizer(folder, eos, V):
     left_out = "the tokenizer is left out: "
     if not level or not isinstance(vocabulary, dict) or not isinstance(merges, list):
         return None, left_out + "it is not GPT-2's kind, a BPE of bytes"
-    byte_of = {letter: b for b, letter in enumerate(letters())}
+    byte_of = {letter: b for b, letter in enumerate(LETTERS)}
     by_id = {}
     for text, i in [*vocabulary.items(), *added.items()]:
         special = text in added or text.encode() == END_OF_TEXT
@@ -503,42 +504,10 @@ def read_hf_tokenizer(folder, eos, V):
     if not isinstance(eot, int) or not 0 <= eot < len(tokens) or max(map(len, tokens)) > 255:
         return None, left_out + "it has no end of text, or a token of more than 255 bytes"
     pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
-    if merges_of(tokens, eot) != [tuple(bytes(byte_of[x] for x in part) for part in pair)
-                                  for pair in pairs]:
+    made = merges_of(tokens, eot)
+    if made is None or pairs != [[spelled(part) for part in pair] for pair in made]:
         return None, left_out + "its merges are not in the order of its tokens"
     return (tokens, eot), ""
-
-
-def hf_tokenizer(tokenizer):
-    """Tokens and end of text -> the content of tokenizer.json, of tokenizer_config.json"""
-    tokens, eot = tokenizer
-    letter = letters()
-    text = lambda token: "".join(letter[b] for b in token)
-    merges = merges_of(tokens, eot)
-    if merges is None:
-        fail("the tokenizer is no BPE whose tokens are in the order of its merges")
-    ends = len(tokens[eot]) > 1  # of bytes none means end of text
-    vocabulary = {}
-    for i, token in enumerate(tokens):
-        if token:
-            vocabulary.setdefault(token.decode() if ends and i == eot else text(token), i)
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    special = [{"id": eot, "content": tokens[eot].decode(), "special": True} | plain] * ends
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-             "use_regex": True}
-    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
-             "normalizer": None, "pre_tokenizer": level, "post_processor": None, "decoder": level,
-             "model": {"type": "BPE", "dropout": None, "unk_token": None,
-                       "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                       "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                       "vocab": vocabulary, "merges": [[text(a), text(b)] for a, b in merges]}}
-    # Without these names transformers before 5 also give token types, which GPT-2 adds to its input.
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast",
-                "model_input_names": ["input_ids", "attention_mask"],
-                "clean_up_tokenization_spaces": False}
-    if ends:
-        settings |= dict.fromkeys(("bos_token", "eos_token"), tokens[eot].decode())
-    return whole, settings
 
 
 # ---- MHA, GQA and MQA into MLA (the writeup's section 12) ---------------------------------------
@@ -786,7 +755,33 @@ def write_json(path, content):
 
 
 def write_hf_tokenizer(folder, tokenizer):
-    whole, settings = hf_tokenizer(tokenizer)
+    """Tokens and end of text -> tokenizer.json and tokenizer_config.json"""
+    tokens, eot = tokenizer
+    merges = merges_of(tokens, eot)
+    if merges is None:
+        fail("the model's tokenizer: its tokens are not those of a BPE in the order of its merges")
+    ends = len(tokens[eot]) > 1  # of bytes none means end of text
+    vocabulary = {}
+    for i, token in enumerate(tokens):
+        if token:
+            vocabulary.setdefault(token.decode() if ends and i == eot else spelled(token), i)
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    special = [{"id": eot, "content": tokens[eot].decode(), "special": True} | plain] * ends
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": True}
+    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
+             "normalizer": None, "pre_tokenizer": level, "post_processor": None, "decoder": level,
+             "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                       "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                       "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                       "vocab": vocabulary,
+                       "merges": [[spelled(a), spelled(b)] for a, b in merges]}}
+    # Without these names transformers before 5 give token types too, which GPT-2 adds to its input.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast",
+                "model_input_names": ["input_ids", "attention_mask"],
+                "clean_up_tokenization_spaces": False}
+    if ends:
+        settings |= dict.fromkeys(("bos_token", "eos_token"), tokens[eot].decode())
     write_json(folder / "tokenizer.json", whole)
     write_json(folder / "tokenizer_config.json", settings)
 
