@@ -16,15 +16,17 @@ Hugging Face's GPT-2; for all other models there is dev/export_hf.py.
 Rank R = C is exact, or already R = 2 NKV HS if that is less. With --data FILE, tokens or text, the
 rank is cut where the activations on that data lose least, not the weights.
 
-The tokenizer comes along: from SRC's folder or beside SRC, or --tokenizer FILE, to X_tokenizer.bin
-in llm.c's format, or into the folder. A DST that is there already is replaced only if it is of the
-kind that is written, and is kept as DST.old. (pip install torch numpy safetensors)
+The tokenizer comes along: from SRC's folder or beside SRC, or --tokenizer FILE (nanoGPT's meta.pkl
+too), to X_tokenizer.bin in llm.c's format, or into the folder. A DST that is there already is
+replaced only if it is of the kind that is written, and is kept as DST.old.
+(pip install torch numpy safetensors)
 """
 
 import argparse
 import contextlib
 import fcntl
 import functools
+import io
 import json
 import os
 import pickle
@@ -32,7 +34,7 @@ import re
 import shutil
 import signal
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +73,7 @@ class Model:
     config: Config
     tensors: dict                 # name -> function without arguments -> float32, (out, in)
     tokenizer: tuple = None       # tokens as bytes, and the id of end of text
+    left_out: str = ""            # why a tokenizer that is there is none of these
     notes: list = field(default_factory=list)  # what does not come along, a line each
 
 
@@ -163,7 +166,7 @@ def read_ours(path):
     check_shapes(path, config, {name: shapes[name] for name in names})
     notes = ["the optimizer's moments do not come along"] if len(names) < len(shapes) else []
     tensors = {name: lambda name=name: as_float32(path, name, get(name)) for name in names}
-    return Model("train_gpt2_mla", config, tensors, tokenizer_beside(path, config), notes)
+    return Model("train_gpt2_mla", config, tensors, tokenizer_beside(path, config), notes=notes)
 
 
 def read_llmc(path):
@@ -275,7 +278,7 @@ def read_nanogpt(path):
              "1e-3"]
     if "optimizer" in checkpoint:
         notes.append("the optimizer's moments do not come along")
-    return Model("nanoGPT", config, tensors, tokenizer_beside(path, config), notes)
+    return Model("nanoGPT", config, tensors, tokenizer_beside(path, config), notes=notes)
 
 
 def read_json(path):
@@ -343,8 +346,8 @@ def read_hf(folder):
                          block_size=c.get("n_positions", 1024),
                          vocab_size=c.get("vocab_size", 50257))
     tensors = from_gpt2_names(folder, config, *open_hf_weights(folder), True)
-    tokenizer, note = read_hf_tokenizer(folder, c.get("eos_token_id"), config.vocab_size)
-    return Model("Hugging Face's GPT-2", config, tensors, tokenizer, [note] if note else [])
+    return Model("Hugging Face's GPT-2", config, tensors,
+                 *read_hf_tokenizer(folder, c.get("eos_token_id"), config.vocab_size))
 
 
 def fetch(name):
@@ -360,7 +363,7 @@ def fetch(name):
 
 
 def read(path, tokenizer=None):
-    """A model of any kind -> Model. tokenizer: a file of llm.c's format, to take before any other.
+    """A model of any kind -> Model. tokenizer: a file with one, to take before any other.
 
     path: a file or folder; or, if there is none, a name of the Hugging Face hub.
     """
@@ -390,13 +393,15 @@ def read(path, tokenizer=None):
                  f"{LLMC_MAGIC}), nanoGPT's ckpt.pt or a Hugging Face folder")
     if tokenizer:
         model.tokenizer = read_tokenizer(tokenizer)
-    if model.tokenizer and len(model.tokenizer[0]) > model.config.vocab_size:
-        message = f"{len(model.tokenizer[0])} tokens, the model's vocabulary is " \
-                  f"{model.config.vocab_size}"
+    V = model.config.vocab_size
+    if model.tokenizer and len(model.tokenizer[0]) > V:
+        message = f"{len(model.tokenizer[0])} tokens, the model's vocabulary is {V}"
         if tokenizer:
             fail(f"{tokenizer}: {message}")
-        model.notes.append(f"the tokenizer is left out: {message}")
-        model.tokenizer = None
+        model.tokenizer, model.left_out = None, f"the tokenizer is left out: {message}"
+    if not model.tokenizer and (model.left_out or V != 256):
+        model.notes.append(model.left_out
+                           or "no tokenizer: name one with --tokenizer, or to the C program")
     return model
 
 
@@ -416,12 +421,29 @@ def spelled(token):
     return "".join(LETTERS[b] for b in token)
 
 
+def read_characters(path, content):
+    """nanoGPT's meta.pkl -> its characters as tokens; a newline, or the first, starts samples"""
+    class Plain(pickle.Unpickler):
+        def find_class(self, module, name):  # dicts, strings and numbers need none
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+    try:
+        itos = Plain(io.BytesIO(content)).load()["itos"]
+        tokens = [itos[i].encode() for i in range(len(itos))]
+    except Exception as error:  # a bad pickle's are many
+        fail(f"{path}: not nanoGPT's meta.pkl, whose itos has a character for each token: "
+             f"{one_line(error)[:120]}")
+    return tokens, tokens.index(b"\n") if b"\n" in tokens else 0
+
+
 def read_tokenizer(path):
-    """llm.c's tokenizer file -> tokens (list of bytes), id of the end of text"""
+    """llm.c's tokenizer file, or nanoGPT's meta.pkl -> tokens (list of bytes), id of end of text"""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         fail(f"{path}: cannot be read: {error.strerror}")
+    if content[:1] == b"\x80":
+        return read_characters(path, content)
     magic, version, V, eot = np.frombuffer(content[:16].ljust(16, b"\0"), "<u4").tolist()
     if len(content) < 1024 or magic != TOKENIZER_MAGIC or version not in (1, 2):
         fail(f"{path}: magic {magic}, version {version}, expected a tokenizer, {TOKENIZER_MAGIC} "
@@ -485,7 +507,7 @@ def read_hf_tokenizer(folder, eos, V):
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [line for line in lines if line and not line.startswith("#version")]
     else:
-        return None, "the folder has no tokenizer: name one with --tokenizer, or to the C program"
+        return None, ""
     left_out = "the tokenizer is left out: "
     if not level or not isinstance(vocabulary, dict) or not isinstance(merges, list):
         return None, left_out + "it is not GPT-2's kind, a BPE of bytes"
@@ -624,7 +646,7 @@ def to_mla(path, model, rank, data=None, show=print):
                  "kv_b_proj.weight")
     tensors = {name: functools.partial(new, name) if name.endswith(rewritten)
                else model.tensors[name] for name in shapes_of(config)}
-    return Model(model.kind, config, tensors, model.tokenizer, model.notes)
+    return replace(model, config=config, tensors=tensors)
 
 
 # ---- Writing: whole files or none ---------------------------------------------------------------
@@ -787,11 +809,10 @@ def write_hf_tokenizer(folder, tokenizer):
 
 
 def with_bytes(model):
-    """A model's tokenizer; if it has none and a small vocabulary, its tokens are bytes."""
-    V = model.config.vocab_size
-    if model.tokenizer or V > 256:
+    """A model's tokenizer; if it has none and 256 tokens, these are bytes."""
+    if model.tokenizer or model.config.vocab_size != 256:
         return model.tokenizer
-    return [bytes([b]) for b in range(V)], min(ord("\n"), V - 1)
+    return [bytes([b]) for b in range(256)], ord("\n")
 
 
 def end_of_text(tokenizer):
@@ -893,7 +914,8 @@ def main():
     p.add_argument("--data", metavar="FILE", help="with --to mla: tokens or text to cut rank for")
     p.add_argument("--dtype", choices=list(DTYPES), default="f32",
                    help="of what is written; this program's checkpoints are f32 (f32)")
-    p.add_argument("--tokenizer", metavar="FILE", help="the model's, in llm.c's format")
+    p.add_argument("--tokenizer", metavar="FILE",
+                   help="the model's: llm.c's format, or nanoGPT's meta.pkl")
     args = p.parse_args()
     if (args.to is None) != (args.kv_rank is None) or (args.data and not args.to):
         p.error("--to mla, --kv-rank R: expected both or neither; --data FILE only with them")

@@ -9,7 +9,7 @@
 The folder holds config.json, the weights (float32), the tokenizer, and the program that computes
 it all: one Python file, which is dev/pytorch/gpt2_mla.py up to its command line and then
 dev/pytorch/hf_model.py. The tokenizer is X_tokenizer.bin beside X.safetensors, or --tokenizer
-FILE; models of up to 256 tokens without one read bytes. A FOLDER that is there already is replaced
+FILE; models of 256 tokens without one read bytes. A FOLDER that is there already is replaced
 only if it is such an export, and is kept as FOLDER.old. What dev/convert.py reads, this reads too;
 a GPT-2 that transformers know by themselves is better written by that.
 (pip install torch numpy safetensors; to open it transformers)
@@ -65,9 +65,8 @@ def export(src, folder, tokenizer=None):
             write_hf_tokenizer(new, tokenizer)
     print(f"{src}: {model.kind}, {c.attention} {c.position}, {c.n_layer} layers, {c.n_embd} "
           "channels")
-    if not tokenizer:
-        print(f"note: no tokenizer: {c.vocab_size} tokens, and no {os.path.splitext(src)[0]}"
-              "_tokenizer.bin or --tokenizer FILE to say what they stand for")
+    for note in model.notes:
+        print(f"note: {note}")
     print(f"{folder}: written")
 
 
@@ -76,7 +75,8 @@ def main():
                allow_abbrev=False)
     p.add_argument("src", metavar="SRC", help="checkpoint")
     p.add_argument("folder", metavar="FOLDER")
-    p.add_argument("--tokenizer", metavar="FILE", help="the model's, in llm.c's format")
+    p.add_argument("--tokenizer", metavar="FILE",
+                   help="the model's: llm.c's format, or nanoGPT's meta.pkl")
     args = p.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no half folder is left
     export(args.src, args.folder, args.tokenizer)

@@ -237,6 +237,18 @@ def test_nanogpt(folder):
         assert "GELU" in out and "moments" in out
         off = distance(theirs, ours(folder / f"nano{bias}.safetensors"))
         assert off < 1e-4, off
+    assert "no tokenizer" in out
+    assert "note: no" in converted(folder / "ckpt.pt", folder / "unnamed")
+    assert not (folder / "unnamed/tokenizer.json").exists()  # 65 tokens are no bytes
+    letters = sorted(set(map(chr, range(32, 96))) | {"\n"})
+    (folder / "meta.pkl").write_bytes(pickle.dumps({
+        "vocab_size": 65, "itos": dict(enumerate(letters)),
+        "stoi": {c: i for i, c in enumerate(letters)}}))
+    out = converted(folder / "ckpt.pt", folder / "named", "--tokenizer", folder / "meta.pkl")
+    assert "no tokenizer" not in out
+    named = AutoTokenizer.from_pretrained(folder / "named")
+    assert named("TO BE\n")["input_ids"] == [letters.index(c) for c in "TO BE\n"]
+    assert named.decode([1, 2, 0]) == " !\n"
     exact = GPT2LMHeadModel(GPT2Config(**size, activation_function="gelu")).eval()
     exact.load_state_dict(theirs.state_dict())
     assert 1e-5 < distance(exact, ours(folder / "nanoFalse.safetensors")) < 1e-2
@@ -477,6 +489,11 @@ def test_refusals(top):
     (folder / "t.bin").write_bytes(prepro.tokenizer_file([b"a"] * 257, 0))
     refused([mha, dst, "--tokenizer", folder / "t.bin"], "257 tokens, the model's vocab", folder)
     refused([mha, dst, "--tokenizer", mha], "expected a tokenizer", folder)
+    for bad in ({"itos": Evil()}, {"stoi": {}}, {"itos": {1: "a"}}, {"itos": [1]}, 3):
+        (folder / "t.bin").write_bytes(pickle.dumps(bad))
+        refused([mha, dst, "--tokenizer", folder / "t.bin"], "not nanoGPT's meta.pkl", folder)
+    (folder / "t.bin").write_bytes(pickle.dumps({"itos": {0: "a"}})[:-2])
+    refused([mha, dst, "--tokenizer", folder / "t.bin"], "not nanoGPT's meta.pkl", folder)
 
     # What is not of the kind is never replaced; what is, is kept.
     for there, target in ((b"a thesis", dst), (b"a thesis", folder / "x.bin"),
