@@ -90,6 +90,7 @@ def as_float32(path, name, tensor):
         fail(f"{path}: {name} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected "
              "float32, bfloat16, float16 or float64: quantized weights cannot be converted")
     tensor = tensor.to(torch.float32)
+    # The sum alone tells nearly always, and needs no memory; but it may overflow.
     if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
         fail(f"{path}: {name} holds numbers that are not finite, expected finite ones")
     return tensor
