@@ -185,8 +185,11 @@ holds "no loss in a log's rows without a validation" \
 holds "--resume: the log's seconds go on" \
     awk -F, '/^[0-9]/ { bad += $7 < last; last = $7 } END { exit bad || last < 0.5 }' m.csv
 
-begin $endless --save m --log m.csv --resume; : >m.csv; sleep 0.2; kill $started; wait $started
-holds "a log that is emptied: no holes" [ "$(tr -d '\0' <m.csv | wc -c)" = "$(wc -c <m.csv)" ]
+for run in '--log fresh.csv' '--save m --log m.csv --resume'; do
+    begin $endless $run; log=${run#*--log }; log=${log% *}
+    : >$log; sleep 0.2; kill $started; wait $started
+    holds "$log is emptied: no holes" [ "$(tr -d '\0' <$log | wc -c)" = "$(wc -c <$log)" ]
+done
 rm m.csv; begin $endless --save m --log m.csv; kill $started; wait $started; cp m.csv was
 slow="$tiny --steps 9 --grad-accum 65536 --batch-size 64"
 $RUN "$program" $slow --save m --log m.csv >out 2>err & started=$!
