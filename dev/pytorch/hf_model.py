@@ -65,6 +65,7 @@ class StepCache:
 class MlaForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = MlaConfig
     base_model_prefix = "transformer"
+    accepts_loss_kwargs = False  # the loss is a batch's own mean: Trainer divides by their number
 
     def __init__(self, config):
         super().__init__(config)
@@ -87,20 +88,24 @@ class MlaForCausalLM(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **kwargs):
         """Of the text so far, (B, S), what the cache does not hold yet."""
         past = kwargs.get(CACHE)
+        refused = ("position_ids", "output_attentions", "output_hidden_states")  # by forward
         seen = past.get_seq_length() if past is not None else 0
         return {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, CACHE: past,
-                "use_cache": kwargs.get("use_cache", True), "logits_to_keep": 1}
+                "use_cache": kwargs.get("use_cache", True), "logits_to_keep": 1,
+                **{name: kwargs.get(name) for name in refused}}
 
     def forward(self, input_ids, attention_mask=None, labels=None, cache=None,
-                past_key_values=None, use_cache=None, logits_to_keep=0, return_dict=True):
+                past_key_values=None, use_cache=None, logits_to_keep=0, return_dict=None, **others):
         """input_ids (B, T), labels (B, T) or None -> the mean loss of the next tokens or None, and
-        logits (B, T, V), or of the last logits_to_keep positions.
+        logits (B, T, V), or of the last logits_to_keep positions; with return_dict=False a tuple.
 
         Labels are the inputs once more, shifted here; -100 is left out. With use_cache a cache is
-        made and returned; one that is given is continued, by one token. return_dict, which
-        generate gives, changes nothing. There are no **kwargs: Trainer would take them for a sign
-        that it need not divide the loss by the number of batches whose gradients it adds up.
+        made and returned; one that is given is continued, by one token. others: whatever callers
+        name for every model, as None or False; a value that would change nothing is refused.
         """
+        for name, value in others.items():
+            if value is not None and value is not False:
+                raise ValueError(f"{name} is given, but this model does not take it: expected None")
         past = cache if cache is not None else past_key_values
         if past is not None and not isinstance(past, DynamicCache):
             raise ValueError(f"the cache is a {type(past).__name__}, expected a DynamicCache")
@@ -111,8 +116,9 @@ class MlaForCausalLM(PreTrainedModel, GenerationMixin):
             past = DynamicCache()
         T = input_ids.shape[1]
         seen = past.get_seq_length() if past is not None else 0
-        if seen and T > 1:
-            raise ValueError(f"{T} tokens after {seen} in the cache, expected one at a time")
+        if T == 0 or (seen and T > 1):
+            raise ValueError(f"{T} tokens after {seen} in the cache, expected a whole prompt, then "
+                             "one at a time")
         if self.config.position == "learned" and seen + T > self.config.block_size:
             raise ValueError(f"{seen + T} tokens, but this model has {self.config.block_size} "
                              "learned positions")
@@ -124,4 +130,5 @@ class MlaForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: past})
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: past})
+        return out.to_tuple() if return_dict is False else out

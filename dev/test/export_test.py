@@ -110,13 +110,21 @@ def test_text(folder):
                 ("no padding", lambda: model(ids, torch.arange(ids.shape[1])[None] > 0)),
                 ("StaticCache, expected", lambda: model.generate(
                     ids[:, :9], max_new_tokens=5, cache_implementation="static")),
-                ("unexpected keyword", lambda: model(ids, position_ids=ids))]:
+                ("0 tokens after 3", lambda: model.generate(ids[:, :9], prefill_chunk_size=3)),
+                ("0 tokens after 0 in the cache", lambda: model(ids[:, :0])),
+                ("position_ids is given", lambda: model(ids, position_ids=ids)),
+                ("inputs_embeds is given", lambda: model(ids, inputs_embeds=torch.ones(1))),
+                ("output_hidden_states is given", lambda: model.generate(
+                    ids[:, :9], output_hidden_states=True, return_dict_in_generate=True))]:
             try:
                 call()
-            except (ValueError, TypeError) as error:
+            except ValueError as error:
                 assert line in str(error), error
             else:
                 raise AssertionError(f"nothing was said of {line}")
+        unused = dict(inputs_embeds=None, output_attentions=False, output_hidden_states=None)
+        assert torch.equal(model(ids, **unused, return_dict=False)[0], out.logits)
+        assert not model.accepts_loss_kwargs  # else Trainer takes micro-batches' losses for shares
 
 
 def export_cache(model):
