@@ -347,8 +347,12 @@ def read_hf(folder):
                          block_size=c.get("n_positions", 1024),
                          vocab_size=c.get("vocab_size", 50257))
     tensors = from_gpt2_names(folder, config, *open_hf_weights(folder), True)
-    return Model("Hugging Face's GPT-2", config, tensors,
-                 *read_hf_tokenizer(folder, c.get("eos_token_id"), config.vocab_size))
+    try:
+        tokenizer, why = read_hf_tokenizer(folder, c.get("eos_token_id"), config.vocab_size)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        tokenizer, why = None, "the tokenizer is left out: its files are not built as GPT-2's " \
+                               f"({one_line(error)})"
+    return Model("Hugging Face's GPT-2", config, tensors, tokenizer, why)
 
 
 def fetch(name):
@@ -501,8 +505,9 @@ def read_hf_tokenizer(folder, eos, V):
         vocabulary, merges = model.get("vocab"), model.get("merges")
         added = {t["content"]: t["id"] for t in whole.get("added_tokens") or []}
         before = whole.get("pre_tokenizer") or {}
-        level = [p.get("type") for p in before.get("pretokenizers", [before])] == ["ByteLevel"] \
-            and not before.get("add_prefix_space")
+        level = not whole.get("normalizer") and [
+            (p.get("type"), p.get("add_prefix_space") or False, p.get("use_regex", True))
+            for p in before.get("pretokenizers", [before])] == [("ByteLevel", False, True)]
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         vocabulary, added = read_json(folder / "vocab.json"), {}
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -784,12 +789,13 @@ def write_hf_tokenizer(folder, tokenizer):
     if merges is None:
         fail("the model's tokenizer: its tokens are not those of a BPE in the order of its merges")
     ends = len(tokens[eot]) > 1  # of bytes none means end of text
+    end = tokens[eot].decode(errors="replace")
     vocabulary = {}
     for i, token in enumerate(tokens):
         if token:
-            vocabulary.setdefault(token.decode() if ends and i == eot else spelled(token), i)
+            vocabulary.setdefault(end if ends and i == eot else spelled(token), i)
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    special = [{"id": eot, "content": tokens[eot].decode(), "special": True} | plain] * ends
+    special = [{"id": eot, "content": end, "special": True} | plain] * ends
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
              "use_regex": True}
     whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
@@ -804,7 +810,7 @@ def write_hf_tokenizer(folder, tokenizer):
                 "model_input_names": ["input_ids", "attention_mask"],
                 "clean_up_tokenization_spaces": False}
     if ends:
-        settings |= dict.fromkeys(("bos_token", "eos_token"), tokens[eot].decode())
+        settings |= dict.fromkeys(("bos_token", "eos_token"), end)
     write_json(folder / "tokenizer.json", whole)
     write_json(folder / "tokenizer_config.json", settings)
 

@@ -391,9 +391,9 @@ def check_tokenizer(folder, name, tokens, eot, encode):
         found = theirs(text)["input_ids"]
         assert found == list(encode(text.encode())), name
         assert theirs.decode(found) == text
-    settings = json.loads((folder / f"{name}.d/tokenizer_config.json").read_text())
-    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     assert theirs.eos_token_id == (eot if len(tokens[eot]) > 1 else None)
+    settings = json.loads((folder / f"{name}.d/tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]  # transformers 4 ask
     plain = Tokenizer.from_file(str(folder / f"{name}.d/tokenizer.json"))
     assert plain.encode("a<|endoftext|>").ids[1:] == (
         [eot] if theirs.eos_token_id else list(b"<|endoftext|>"))
@@ -419,9 +419,21 @@ def test_tokenizers(folder, gpt2):
         (folder / "old.bin").write_bytes(old)
         assert convert.read_tokenizer(folder / "old.bin") == (many, eot)
     whole = json.loads((folder / "bpe.d/tokenizer.json").read_text())
-    whole["pre_tokenizer"]["add_prefix_space"] = True
-    (folder / "bpe.d/tokenizer.json").write_text(json.dumps(whole))
-    assert "not GPT-2's kind" in converted(folder / "bpe.d", folder / "bpe5.safetensors")
+    # One that cuts text otherwise, or that is no tokenizer at all, stays behind.
+    for part, value, line in [
+            ("pre_tokenizer", whole["pre_tokenizer"] | {"add_prefix_space": True}, "GPT-2's kind"),
+            ("pre_tokenizer", whole["pre_tokenizer"] | {"use_regex": False}, "GPT-2's kind"),
+            ("normalizer", {"type": "Lowercase"}, "GPT-2's kind"), ("model", [1], "not built as"),
+            ("pre_tokenizer", "x", "not built as"), ("added_tokens", [1], "not built as"),
+            ("model", whole["model"] | {"merges": [1]}, "not built as"),
+            ("model", whole["model"] | {"merges": [["\u4e16", "a"]]}, "not built as"),
+            ("model", whole["model"] | {"vocab": {"\ud800": 1}}, "not built as")]:
+        (folder / "bpe.d/tokenizer.json").write_text(json.dumps(whole | {part: value}))
+        out = converted(folder / "bpe.d", folder / "bpe5.safetensors")
+        assert "the tokenizer is left out" in out and line in out, (part, value, out)
+    (folder / "odd.bin").write_bytes(prepro.tokenizer_file(tokens[:-1] + [b"\xff\xff"], 399))
+    converted(folder / "bpe.safetensors", folder / "odd.d", "--tokenizer", folder / "odd.bin")
+    assert AutoTokenizer.from_pretrained(folder / "odd.d").eos_token_id == 399
     # As transformers' own GPT-2 has it on the hub: vocab.json and merges.txt.
     os.remove(folder / "bpe.d/tokenizer.json")
     (folder / "bpe.d/vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
