@@ -84,14 +84,18 @@ def fail(message):
 
 # ---- Checks that all readers share --------------------------------------------------------------
 
+def is_finite(tensor):
+    """The sum alone tells nearly always, and needs no memory; but it may overflow."""
+    return torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all()
+
+
 def as_float32(path, name, tensor):
     """A tensor of any floating dtype in float32. Refuses other dtypes, and what is not finite."""
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         fail(f"{path}: {name} has dtype {str(tensor.dtype).removeprefix('torch.')}, expected "
              "float32, bfloat16, float16 or float64: quantized weights cannot be converted")
-    tensor = tensor.to(torch.float32)
-    # The sum alone tells nearly always, and needs no memory; but it may overflow.
-    if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+    tensor = tensor.detach().to(torch.float32)
+    if not is_finite(tensor):
         fail(f"{path}: {name} holds numbers that are not finite, expected finite ones")
     return tensor
 
@@ -218,15 +222,16 @@ def load_pickle(path):
     except pickle.UnpicklingError:
         fail(f"{path}: holds more than tensors and plain values, expected a plain checkpoint: "
              "such a file could run any program, and is not opened")
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file misleads PyTorch in many ways
         fail(f"{path}: not a whole file of torch.save: {one_line(error)[:120]}")
 
 
 def check_pickled(path, tensors):
     """Plain tensors, each with memory of its own size: {name: tensor} -> {name: shape}"""
     for name, t in tensors.items():
-        if not isinstance(t, torch.Tensor) or t.layout != torch.strided or t.is_quantized:
-            fail(f"{path}: {name} is {type(t).__name__}, expected a plain tensor")
+        if not isinstance(name, str) or not isinstance(t, torch.Tensor) or t.is_meta \
+                or t.layout != torch.strided or t.is_quantized:
+            fail(f"{path}: {name} is {type(t).__name__}, expected a plain tensor with a name")
         if t.untyped_storage().nbytes() < t.numel() * t.itemsize:
             fail(f"{path}: {name} has shape {tuple(t.shape)}, larger than its data")
     return {name: tuple(t.shape) for name, t in tensors.items()}

@@ -656,12 +656,25 @@ def test_hostile_files(top):
             ({"state": 1}, "without model and model_args"), ([], "without model and model_args"),
             (plain | {"model": plain["model"] | {"transformer.wte.weight": 3}}, "is int, expected"),
             (plain | {"model": plain["model"] | {"transformer.wte.weight": wide}}, "larger than"),
+            (plain | {"model": plain["model"] | {"transformer.wte.weight": wide.to("meta")}},
+             "expected a plain tensor"),
+            (plain | {"model": plain["model"] | {3: torch.ones(1)}}, "expected a plain tensor"),
             (plain | {"model_args": plain["model_args"] | {"n_layer": 1 << 24}}, "layers"),
             (plain | {"model_args": plain["model_args"] | {"n_embd": 1 << 24}}, "has shape"),
             (plain | {"model_args": {}}, "n_layer is None")]:
         torch.save(what, src)
         refused([src, dst], line, folder)
         tried += 1
+    torch.save(plain, src, _use_new_zipfile_serialization=False)
+    draw, whole = np.random.default_rng(2), src.read_bytes()
+    for _ in range(100):  # damaged, and perhaps still a checkpoint
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        damaged[draw.integers(2000, size=3)] = draw.integers(256, size=3)
+        src.write_bytes(damaged)
+        status, _, err = run(src, folder / "new.bin")
+        assert status == 0 or (status == 1 and "src: " in err and "\n" not in err), err
+        for path in folder.glob("new.bin*"):
+            path.unlink()
     src.write_bytes(pickle.dumps(Evil()))
     refused([src, dst], "holds more than tensors", folder)
     src.write_bytes(pickle.dumps({"model": 1}))
