@@ -557,8 +557,9 @@ def moments_on(model, path, tokens=65536):
     if is_text and V > 256:
         fail(f"{path}: a text, read as bytes, but the model has {V} tokens: expected a token file")
     data = data[:tokens + 1]
-    if len(data) < 2 or data.max() >= V:
-        fail(f"{path}: expected two tokens or more, all below {V}")
+    largest = data.max(initial=0)
+    if len(data) < 2 or largest >= V:
+        fail(f"{path}: {len(data)} tokens up to {largest}, expected two or more, all below {V}")
     with torch.device("meta"):  # no numbers yet: those of the model take this place
         gpt, C = GPT(model.config).eval(), model.config.n_embd
     gpt.load_state_dict({name: tensor() for name, tensor in model.tensors.items()}, assign=True)
@@ -604,7 +605,8 @@ def layer_to_mla(path, l, config, w, rank, moments=None):
     if moments:
         mean, covariance = moments
         # A little of covariance 1: where the data has nothing, the weights alone decide.
-        e, E = torch.linalg.eigh(covariance + 1e-6 * covariance.trace() / C * torch.eye(C))
+        size = covariance.trace().clamp(min=1e-3 * mean @ mean)
+        e, E = torch.linalg.eigh(covariance + 1e-6 * size / C * torch.eye(C))
         root = E * e.clamp(min=0).sqrt()                                         # (C, C)
     A, S, _ = torch.linalg.svd(W if root is None else W @ root, full_matrices=False)
     up = A[:, :rank]                                                             # (2 shared, R)
@@ -639,6 +641,8 @@ def to_mla(path, model, rank, data=None, show=print):
         fail(f"{path}: --kv-rank {rank}, expected 1 to {most}, at which nothing is lost")
     config = Config("mla", "learned", c.n_layer, c.n_head, c.n_kv_head, c.n_embd, c.block_size,
                     c.vocab_size, q_rank=0, kv_rank=rank, latent_norm="none")
+    if data:
+        show(f"{data}: seen through the model, which takes a while")
     moments = moments_on(model, data) if data else [None] * c.n_layer
 
     @functools.lru_cache(1)  # a layer's tensors are asked for one after the other
@@ -726,9 +730,9 @@ def replacing(path, folder=False):
 def raw(path, name, tensor, dtype):
     """A tensor's bytes in that dtype, rounded to nearest; what gets too large is refused."""
     t = tensor.to(dtype).contiguous()
+    if not is_finite(t):
+        fail(f"{path}: {name} holds {tensor.abs().max():g}, too large for {dtype}")
     if dtype != torch.float32:
-        if not torch.isfinite(t).all():
-            fail(f"{path}: {name} holds {tensor.abs().max():g}, too large for the dtype asked for")
         t = t.view(torch.int16)
     return memoryview(t.numpy()).cast("B")
 

@@ -323,6 +323,10 @@ def test_mla_rank(folder):
     converted(before, folder / "d32.safetensors", "--to", "mla", "--kv-rank", 32, "--data", TEXT)
     aware = loss_of(folder / "d8.safetensors")
     assert aware < losses[1], (aware, losses)
+    (folder / "short").write_bytes(b"ab")  # what attention reads then has no covariance at all
+    converted(before, folder / "s32.safetensors", "--to", "mla", "--kv-rank", 32, "--data",
+              folder / "short")
+    assert distance(ours(before), ours(folder / "s32.safetensors")) < 1e-4
     assert distance(ours(before), ours(folder / "d32.safetensors")) < 1e-4
     return f"loss {loss_of(before):.4f}; at C/4 {losses[1]:.4f}, rank cut on data {aware:.4f}"
 
@@ -495,9 +499,19 @@ def test_refusals(top):
     refused([mha, folder / "no/dst.safetensors"], "cannot write: No such file", folder)
     refused([mha, dst, "--kv-rank", 3], "expected both or neither", folder, 2)
     refused([mha, dst, "--dtype", "int8"], "--dtype", folder, 2)
-    refused([mha, dst, "--to", "mla", "--kv-rank", 8, "--data", hf / "no"], "No such file", folder)
+    for data, line in [(None, "No such file"), (b"a", "1 tokens up to 97, expected two or more"),
+                       (prepro.token_file([[7, 300]]), "2 tokens up to 300, expected two or more, "
+                        "all below 256")]:
+        if data:
+            (folder / "data").write_bytes(data)
+        refused([mha, dst, "--to", "mla", "--kv-rank", 8, "--data", folder / "data"], line, folder)
     refused([top / "h2.safetensors", dst, "--to", "mla", "--kv-rank", 8, "--data", TEXT],
-            "a text, read as bytes, but the model has 257 tokens", folder)
+            "a text, read as bytes, but the model has 257 tokens: expected a token file", folder)
+    (folder / "real").mkdir()
+    (folder / "link").symlink_to("real")
+    for _ in range(2):  # what a link leads to is replaced, not the link
+        converted(mha, f"{folder}/link/")
+        assert (folder / "link").is_symlink() and (folder / "real/model.safetensors").exists()
     (folder / "t.bin").write_bytes(prepro.tokenizer_file([b"a"] * 257, 0))
     refused([mha, dst, "--tokenizer", folder / "t.bin"], "257 tokens, the model's vocab", folder)
     refused([mha, dst, "--tokenizer", mha], "expected a tokenizer", folder)
@@ -579,6 +593,10 @@ def test_hostile_files(top):
     for target in (dst, folder / "new"):  # found out at its very end
         refused([src, target], "ln_f.bias holds numbers that are not finite", folder)
         assert not list(folder.glob("new*"))
+    w = load_file(top / "mha.safetensors")
+    w["h.1.ln_1.weight"][3] = 1e-41  # whose reciprocal float32 does not hold
+    save_file(w, src, ours(top / "mha.safetensors").config.to_metadata())
+    refused([src, dst, "--to", "mla", "--kv-rank", 32], "too large for torch.float32", folder)
     nan[-4:] = struct.pack("<f", 1e6)
     src.write_bytes(nan)
     refused([src, folder / "new", "--dtype", "f16"], "holds 1e+06, too large for", folder)
