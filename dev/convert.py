@@ -37,14 +37,17 @@ import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
+try:
+    import numpy as np
+    import torch
+    from safetensors import SafetensorError, safe_open
+except ImportError as error:
+    raise SystemExit(f"error: {error}: pip install torch numpy safetensors") from None
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "dev/pytorch")]
 from gpt2_mla import GPT, Config, read_tokens, windows  # noqa: E402
-from prepro_tinyshakespeare import Parser, one_line, tokenizer_file  # noqa: E402
+from prepro_tinyshakespeare import Parser, one_line, say, tokenizer_file  # noqa: E402
 
 LLMC_MAGIC, TOKENIZER_MAGIC = 20240326, 20240328
 LLMC_VERSIONS = {3: torch.float32, 5: torch.bfloat16}
@@ -625,7 +628,7 @@ def layer_to_mla(path, l, config, w, rank, moments=None):
                                                                  / (S ** 2).sum().clamp(1e-300))
 
 
-def to_mla(path, model, rank, data=None, show=print):
+def to_mla(path, model, rank, data=None, show=say):
     """The model rewritten as mla of this rank. Prints, by show, what each layer keeps.
 
     data: tokens for which the rank is cut; None: the weights alone decide.
@@ -698,7 +701,7 @@ def put_in_place(part, path):
             n += 1
             old = f"{path}.old{n}"
         os.rename(path, old)
-        print(f"what was {path} is now {old}")
+        say(f"what was {path} is now {old}")
     os.replace(part, path)
 
 
@@ -876,9 +879,15 @@ def check_folder(path, model_type):
                  "replace it")
 
 
+def place(path):
+    """Where a file or folder of this name really goes: links stay, and are followed."""
+    path = os.fspath(path).rstrip("/") or os.fspath(path)
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
 def convert(src, dst, dtype="f32", rank=None, data=None, tokenizer=None):
     """All that the command line does; rank: --to mla. Refusals are SystemExit with one line."""
-    dst = os.path.realpath(dst) if os.path.islink(dst) else os.fspath(dst).rstrip("/")
+    dst = place(dst)
     kind = os.path.splitext(dst)[1]
     if kind in (".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".npz", ".h5"):
         fail(f"{dst}: cannot write {kind}, expected X.safetensors, X.bin or a folder")
@@ -894,30 +903,45 @@ def convert(src, dst, dtype="f32", rank=None, data=None, tokenizer=None):
     else:
         check_folder(dst, "gpt2")
     model = read(src, tokenizer)
-    print(f"{src}: {model.kind}, {model.config.attention} {model.config.position}, "
-          f"{model.config.n_layer} layers, {model.config.n_embd} channels")
+    say(f"{src}: {model.kind}, {model.config.attention} {model.config.position}, "
+        f"{model.config.n_layer} layers, {model.config.n_embd} channels")
     if rank is not None:
         model = to_mla(src, model, rank, data)
     if kind != ".safetensors":
         check_gpt2(model, src, "llm.c" if kind == ".bin" else "Hugging Face's GPT-2")
     writes_tokenizer = kind in (".safetensors", ".bin") and model.tokenizer
+    with contextlib.ExitStack() as both:  # files bear their names, or neither does
+        if writes_tokenizer:
+            check_replaceable(beside, "tokenizer", TOKENIZER_MAGIC.to_bytes(4, "little"))
+            content = tokenizer_file(*model.tokenizer)
+            if not os.path.exists(beside) or Path(beside).read_bytes() != content:
+                both.enter_context(replacing(beside)).write(content)
+        if kind == ".safetensors":
+            write_ours(model, dst)
+        elif kind == ".bin":
+            write_llmc(model, dst, DTYPES[dtype])
+        else:
+            write_hf(model, dst, DTYPES[dtype])
     if writes_tokenizer:
-        check_replaceable(beside, "tokenizer", TOKENIZER_MAGIC.to_bytes(4, "little"))
-    if kind == ".safetensors":
-        write_ours(model, dst)
-    elif kind == ".bin":
-        write_llmc(model, dst, DTYPES[dtype])
-    else:
-        write_hf(model, dst, DTYPES[dtype])
-    if writes_tokenizer:
-        content = tokenizer_file(*model.tokenizer)
-        if not os.path.exists(beside) or Path(beside).read_bytes() != content:
-            with replacing(beside) as file:
-                file.write(content)
-        print(f"{beside}: its tokenizer, {len(model.tokenizer[0])} tokens")
+        say(f"{beside}: its tokenizer, {len(model.tokenizer[0])} tokens")
     for note in model.notes:
-        print(f"note: {note}")
-    print(f"{dst}: written")
+        say(f"note: {note}")
+    say(f"{dst}: written")
+
+
+def run_command(main):
+    """main(), with one line where memory does not suffice, and no half file after any signal."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup's is to be ignored, and stays so
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (MemoryError, OSError, RuntimeError) as error:  # NumPy's, a mapping's, PyTorch's
+        if "memory" not in repr(error).lower():
+            raise
+        fail(f"not enough memory: {one_line(error)[:200]}")
 
 
 def main():
@@ -935,12 +959,8 @@ def main():
     args = p.parse_args()
     if (args.to is None) != (args.kv_rank is None) or (args.data and not args.to):
         p.error("--to mla, --kv-rank R: expected both or neither; --data FILE only with them")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no half file is left
     convert(args.src, args.dst, args.dtype, args.kv_rank, args.data, args.tokenizer)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

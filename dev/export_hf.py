@@ -16,16 +16,11 @@ a GPT-2 that transformers know by themselves is better written by that.
 """
 
 import argparse
-import os
-import signal
-import sys
 from dataclasses import asdict
 
-import torch
-
-from convert import (ROOT, check_folder, end_of_text, read, replacing, shapes_of, with_bytes,
-                     write_hf_tokenizer, write_json, write_safetensors)
-from prepro_tinyshakespeare import Parser
+from convert import (DTYPES, ROOT, check_folder, end_of_text, place, read, replacing, run_command,
+                     shapes_of, with_bytes, write_hf_tokenizer, write_json, write_safetensors)
+from prepro_tinyshakespeare import Parser, say
 
 MODULE = "modeling_train_gpt2_mla"
 COMMAND_LINE = "# " + "-" * 76 + "\n# Command line\n"
@@ -45,7 +40,7 @@ def modeling_source():
 
 def export(src, folder, tokenizer=None):
     """All that the command line does. Refusals are SystemExit with one line."""
-    folder = os.path.realpath(folder) if os.path.islink(folder) else folder.rstrip("/")
+    folder = place(folder)
     check_folder(folder, "train_gpt2_mla")
     model = read(src, tokenizer)
     c, tokenizer = model.config, with_bytes(model)
@@ -60,14 +55,14 @@ def export(src, folder, tokenizer=None):
         with open(new / "model.safetensors", "wb") as file:
             write_safetensors(file, folder, {"format": "pt"}, {
                 f"transformer.{name}": (shape, model.tensors[name])
-                for name, shape in shapes_of(c).items()}, torch.float32)
+                for name, shape in shapes_of(c).items()}, DTYPES["f32"])
         if tokenizer:
             write_hf_tokenizer(new, tokenizer)
-    print(f"{src}: {model.kind}, {c.attention} {c.position}, {c.n_layer} layers, {c.n_embd} "
-          "channels")
+    say(f"{src}: {model.kind}, {c.attention} {c.position}, {c.n_layer} layers, {c.n_embd} "
+        "channels")
     for note in model.notes:
-        print(f"note: {note}")
-    print(f"{folder}: written")
+        say(f"note: {note}")
+    say(f"{folder}: written")
 
 
 def main():
@@ -78,12 +73,8 @@ def main():
     p.add_argument("--tokenizer", metavar="FILE",
                    help="the model's: llm.c's format, or nanoGPT's meta.pkl")
     args = p.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no half folder is left
     export(args.src, args.folder, args.tokenizer)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

@@ -15,6 +15,7 @@ import logging
 import os
 import pickle
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -39,7 +40,6 @@ from gpt2_mla import GPT  # noqa: E402
 logging.disable(logging.WARNING)
 warnings.filterwarnings("ignore")
 disable_progress_bar()
-prepro.print = lambda *what, **how: None
 PROGRAM = str(ROOT / "train_gpt2_mla")
 TEXT = ROOT / "README.md"
 
@@ -701,6 +701,46 @@ def test_hostile_files(top):
     return f"{tried} bad files and more, each refused in a line"
 
 
+# ---- Bad machines -------------------------------------------------------------------------------
+
+def test_machine(top):
+    """An output that nobody reads or that is full, a full disk, a signal, too little memory."""
+    folder = top / "machine"
+    folder.mkdir()
+    L, C, V, T = 60, 1024, 256, 64
+    with open(top / "huge.bin", "wb") as file:  # 3 GB of zeros, of which the disk holds none
+        file.write(struct.pack("<256i", 20240326, 3, T, V, L, 16, C, V, *[0] * 248))
+        file.truncate(1024 + 4 * (V + T + L * (12 * C + 13) + 2) * C)
+    command = f"{sys.executable} {ROOT}/dev/convert.py {top}/bpe0 {folder}/m.safetensors " \
+              f"--tokenizer {top}/bpe_tokenizer.bin"
+
+    def shell(text):
+        return subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+
+    for end in (">/dev/full", "| true; exit ${PIPESTATUS[0]}"):
+        ran = shell(f"{command} {end}")
+        assert ran.returncode == 0 and ran.stderr.count("\n") == 1, ran
+        assert {p.name for p in folder.iterdir()} == {"m.safetensors", "m_tokenizer.bin"}
+        for path in folder.iterdir():
+            path.unlink()
+    kbytes = (top / "bpe_tokenizer.bin").stat().st_size // 1024 + 1  # which fits, but the model not
+    ran = shell(f"ulimit -f {kbytes}; {command}")
+    assert ran.returncode == 1 and "cannot write: File too large" in ran.stderr, ran
+    assert ran.stderr.count("\n") == 1 and not list(folder.iterdir()), ran
+    if sys.platform == "linux":
+        ran = shell(f"ulimit -v 1500000; {sys.executable} {ROOT}/dev/convert.py {top}/huge.bin "
+                    f"{folder}/huge.safetensors")
+        assert ran.returncode == 1 and "not enough memory" in ran.stderr, ran
+        assert ran.stderr.count("\n") == 1 and not list(folder.iterdir()), ran
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        running = subprocess.Popen([sys.executable, ROOT / "dev/convert.py", top / "huge.bin",
+                                    folder / "huge.safetensors"], stdout=subprocess.DEVNULL)
+        while not list(folder.glob("*.part")):
+            time.sleep(0.01)
+        running.send_signal(number)
+        assert running.wait() == 128 + number and not list(folder.iterdir())
+
+
 # ---- Memory -------------------------------------------------------------------------------------
 
 def peak_memory(*arguments):
@@ -751,7 +791,7 @@ def main():
         folder = Path(name)
         tests = dict.fromkeys([test_llmc, test_hf, test_nanogpt, test_hub, test_mla_exact,
                                test_mla_rank, test_mla_data, test_mla_no_biases, test_tokenizers,
-                               test_refusals, test_hostile_files], {})
+                               test_refusals, test_hostile_files, test_machine], {})
         tests[test_tokenizers] = {"gpt2": args.gpt2_files}
         tests[test_memory] = dict(vocab_size=20000, n_positions=256, n_embd=384, n_layer=12,
                                   n_head=6)
