@@ -13,8 +13,9 @@ checkpoint, X.bin llm.c's, anything else a folder. Only mha with learned positio
 Hugging Face's GPT-2; for all other models there is dev/export_hf.py.
 
 --to mla rewrites mha, gqa or mqa with learned positions as mla (the writeup's section 12, (31)).
-Rank R = C is exact, or already R = 2 NKV HS if that is less. With --data FILE, tokens or text, the
-rank is cut where the activations on that data lose least, not the weights.
+Rank R = C is exact, or already R = 2 NKV HS if that is less. With --data FILE, tokens, or for
+a model of bytes a text, the rank is cut where the activations on that data lose least, not the
+weights.
 
 The tokenizer comes along: from SRC's folder or beside SRC, or --tokenizer FILE (nanoGPT's meta.pkl
 too), to X_tokenizer.bin in llm.c's format, or into the folder. A DST that is there already is
