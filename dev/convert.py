@@ -29,6 +29,7 @@ import fcntl
 import functools
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -47,7 +48,9 @@ except ImportError as error:
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "dev/pytorch")]
+import hf_tokenizer  # noqa: E402
 from gpt2_mla import GPT, Config, read_tokens, windows  # noqa: E402
+from hf_tokenizer import read_json, write_json  # noqa: E402
 from prepro_tinyshakespeare import Parser, one_line, say, tokenizer_file  # noqa: E402
 
 LLMC_MAGIC, TOKENIZER_MAGIC = 20240326, 20240328
@@ -56,14 +59,14 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 OURS = b'{"__metadata__":{"format":"train_gpt2_mla"'  # how a checkpoint's header starts
 LARGEST = 65536  # vocabulary and channels, as the C program has it
-END_OF_TEXT = b"<|endoftext|>"
 
-# llm.c's order. Its tensors are stacked: the same one of all layers, one after the other.
+# In llm.c's order.
 IN_LAYER = ("ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias",
             "attn.c_proj.weight", "attn.c_proj.bias", "ln_2.weight", "ln_2.bias",
             "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")
 # Hugging Face's GPT-2 has these as (in, out).
 TRANSPOSED = tuple(name for name in IN_LAYER if name.endswith("weight") and "ln_" not in name)
+NO_MOMENTS = "the optimizer's moments do not come along"
 
 
 @dataclass
@@ -79,6 +82,10 @@ class Model:
     tokenizer: tuple = None       # tokens as bytes, and the id of end of text
     left_out: str = ""            # why a tokenizer that is there is none of these
     notes: list = field(default_factory=list)  # what does not come along, a line each
+
+    def __str__(self):
+        c = self.config
+        return f"{self.kind}, {c.attention} {c.position}, {c.n_layer} layers, {c.n_embd} channels"
 
 
 def fail(message):
@@ -173,9 +180,16 @@ def read_ours(path):
                  f"{config.attention} with position {config.position}")
     names = [name for name in shapes if not name.startswith(("adam.", "ref."))]
     check_shapes(path, config, {name: shapes[name] for name in names})
-    notes = ["the optimizer's moments do not come along"] if len(names) < len(shapes) else []
+    notes = [NO_MOMENTS] * (len(names) < len(shapes))
     tensors = {name: lambda name=name: as_float32(path, name, get(name)) for name in names}
     return Model("train_gpt2_mla", config, tensors, tokenizer_beside(path, config), notes=notes)
+
+
+def llmc_order(n_layer):
+    """Names of llm.c's tensors. Layers are stacked: the same tensor of all, one after the other."""
+    return ["wte.weight", "wpe.weight",
+            *(f"h.{layer}.{name}" for name in IN_LAYER for layer in range(n_layer)),
+            "ln_f.weight", "ln_f.bias"]
 
 
 def read_llmc(path):
@@ -199,20 +213,13 @@ def read_llmc(path):
     data = torch.from_numpy(np.memmap(path, f"i{dtype.itemsize}", "c", 1024)).view(dtype)
     shapes, tensors, at = shapes_of(config), {}, 0
 
-    def take(name, rows=0):
-        nonlocal at
-        shape, begin = shapes[name], at
-        count = int(np.prod(shape))
-        at += count + rows * C  # rows: of padding
-        tensors[name] = lambda: as_float32(path, name, data[begin:begin + count].view(shape))
+    def read(name, begin):
+        shape = shapes[name]
+        return as_float32(path, name, data[begin:begin + math.prod(shape)].view(shape))
 
-    take("wte.weight", Vp - V)
-    take("wpe.weight")
-    for name in IN_LAYER:
-        for layer in range(L):
-            take(f"h.{layer}.{name}")
-    take("ln_f.weight")
-    take("ln_f.bias")
+    for name in llmc_order(L):
+        tensors[name] = functools.partial(read, name, at)
+        at += math.prod(shapes[name]) + (Vp - V) * C * (name == "wte.weight")
     return Model(f"llm.c ({'float32' if version == 3 else 'bfloat16'})", config, tensors,
                  tokenizer_beside(path, config))
 
@@ -250,8 +257,11 @@ def from_gpt2_names(path, config, shapes, get, transposed):
     theirs = {}
     for name in shapes:
         short = name.removeprefix("_orig_mod.").removeprefix("transformer.")
-        if not re.fullmatch(r"h\.\d+\.(attn|crossattention)\.(bias|masked_bias)", short):
-            theirs[short] = name
+        if re.fullmatch(r"h\.\d+\.(attn|crossattention)\.(bias|masked_bias)", short):
+            continue
+        if short in theirs:
+            fail(f"{path}: has both {theirs[short]} and {name}, expected one of them")
+        theirs[short] = name
     head = theirs.pop("lm_head.weight", None)
     turned = {name for name in theirs if transposed and name.endswith(TRANSPOSED)}
     check_shapes(path, config, {name: shapes[theirs[name]][::-1 if name in turned else 1]
@@ -286,20 +296,8 @@ def read_nanogpt(path):
     tensors = from_gpt2_names(path, config, shapes, get, False)
     notes = ["nanoGPT's GELU is exact, this program's GPT-2's tanh form: logits differ by some "
              "1e-3"]
-    if "optimizer" in checkpoint:
-        notes.append("the optimizer's moments do not come along")
-    return Model("nanoGPT", config, tensors, tokenizer_beside(path, config), notes=notes)
-
-
-def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        fail(f"{path}: cannot be read as JSON: {one_line(error)}")
-    if not isinstance(found, dict):
-        fail(f"{path}: its JSON is no object, expected one")
-    return found
+    return Model("nanoGPT", config, tensors, tokenizer_beside(path, config),
+                 notes=notes + [NO_MOMENTS] * ("optimizer" in checkpoint))
 
 
 def open_hf_weights(folder):
@@ -356,12 +354,8 @@ def read_hf(folder):
                          block_size=c.get("n_positions", 1024),
                          vocab_size=c.get("vocab_size", 50257))
     tensors = from_gpt2_names(folder, config, *open_hf_weights(folder), True)
-    try:
-        tokenizer, why = read_hf_tokenizer(folder, c.get("eos_token_id"), config.vocab_size)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        tokenizer, why = None, "the tokenizer is left out: its files are not built as GPT-2's " \
-                               f"({one_line(error)})"
-    return Model("Hugging Face's GPT-2", config, tensors, tokenizer, why)
+    return Model("Hugging Face's GPT-2", config, tensors,
+                 *hf_tokenizer.read(folder, c.get("eos_token_id"), config.vocab_size))
 
 
 def fetch(name):
@@ -406,34 +400,21 @@ def read(path, tokenizer=None):
             fail(f"{path}: {found}, expected a safetensors file, a llm.c checkpoint (magic "
                  f"{LLMC_MAGIC}), nanoGPT's ckpt.pt or a Hugging Face folder")
     if tokenizer:
-        model.tokenizer = read_tokenizer(tokenizer)
+        model.tokenizer, model.left_out = read_tokenizer(tokenizer), ""
     V = model.config.vocab_size
     if model.tokenizer and len(model.tokenizer[0]) > V:
         message = f"{len(model.tokenizer[0])} tokens, the model's vocabulary is {V}"
         if tokenizer:
             fail(f"{tokenizer}: {message}")
-        model.tokenizer, model.left_out = None, f"the tokenizer is left out: {message}"
-    if not model.tokenizer and (model.left_out or V != 256):
-        model.notes.append(model.left_out
-                           or "no tokenizer: name one with --tokenizer, or to the C program")
+        model.tokenizer, model.left_out = None, message
+    if model.left_out:
+        model.notes.append(f"the tokenizer is left out: {model.left_out}")
+    elif not model.tokenizer and V != 256:
+        model.notes.append("no tokenizer: name one with --tokenizer, or to the C program")
     return model
 
 
 # ---- Tokenizers ---------------------------------------------------------------------------------
-
-def letters():
-    """GPT-2's letter for each byte: visible ones are their own, the others U+0100 and on."""
-    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(b if b in visible else next(others)) for b in range(256)]
-
-
-LETTERS = letters()
-
-
-def spelled(token):
-    return "".join(LETTERS[b] for b in token)
-
 
 def read_characters(path, content):
     """nanoGPT's meta.pkl -> its characters as tokens; a newline, or the first, starts samples"""
@@ -480,71 +461,6 @@ def tokenizer_beside(path, config):
     if config.vocab_size == 50257:
         names.append(os.path.join(os.path.dirname(path), "gpt2_tokenizer.bin"))
     return next((read_tokenizer(name) for name in names if os.path.exists(name)), None)
-
-
-def merges_of(tokens, eot):
-    """A BPE's merges, pairs of bytes, from its tokens in the order learned; None if it is none.
-
-    The C program and GPT-2's encoder know no other order, so each token must come from two parts
-    that the tokens before it make of its bytes.
-    """
-    rank, merges = {}, []
-    for i, token in enumerate(tokens):
-        rank.setdefault(token, i)
-    for i, token in enumerate(tokens):
-        if len(token) < 2 or i == eot or rank[token] != i:
-            continue
-        parts = [token[j:j + 1] for j in range(len(token))]
-        while len(parts) > 2:
-            pair = min(range(len(parts) - 1),
-                       key=lambda j: rank.get(parts[j] + parts[j + 1], len(tokens)))
-            if rank.get(parts[pair] + parts[pair + 1], i) >= i:
-                return None
-            parts[pair:pair + 2] = [parts[pair] + parts[pair + 1]]
-        merges.append(tuple(parts))
-    return merges
-
-
-def read_hf_tokenizer(folder, eos, V):
-    """A folder's BPE of bytes -> (tokens, end of text) or None; why it is left out, or ''"""
-    folder, level = Path(folder), True
-    if (folder / "tokenizer.json").exists():
-        whole = read_json(folder / "tokenizer.json")
-        model = whole.get("model") or {}
-        vocabulary, merges = model.get("vocab"), model.get("merges")
-        added = {t["content"]: t["id"] for t in whole.get("added_tokens") or []}
-        before = whole.get("pre_tokenizer") or {}
-        level = not whole.get("normalizer") and [
-            (p.get("type"), p.get("add_prefix_space") or False, p.get("use_regex", True))
-            for p in before.get("pretokenizers", [before])] == [("ByteLevel", False, True)]
-    elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        vocabulary, added = read_json(folder / "vocab.json"), {}
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-    else:
-        return None, ""
-    left_out = "the tokenizer is left out: "
-    if not level or not isinstance(vocabulary, dict) or not isinstance(merges, list):
-        return None, left_out + "it is not GPT-2's kind, a BPE of bytes"
-    byte_of = {letter: b for b, letter in enumerate(LETTERS)}
-    by_id = {}
-    for text, i in [*vocabulary.items(), *added.items()]:
-        special = text in added or text.encode() == END_OF_TEXT
-        known = special or all(letter in byte_of for letter in text)
-        if not known or not isinstance(i, int) or not 0 <= i < V:
-            return None, left_out + f"token {i}, {text!r}, is not GPT-2's kind or beyond {V}"
-        by_id[i] = text.encode() if special else bytes(byte_of[letter] for letter in text)
-    tokens = [by_id.get(i, b"") for i in range(max(by_id, default=-1) + 1)]
-    eot = next((i for i, token in by_id.items() if token == END_OF_TEXT), eos)
-    if eot is None and len(tokens) <= 256:
-        eot = tokens.index(b"\n") if b"\n" in tokens else 0
-    if not isinstance(eot, int) or not 0 <= eot < len(tokens) or max(map(len, tokens)) > 255:
-        return None, left_out + "it has no end of text, or a token of more than 255 bytes"
-    pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
-    made = merges_of(tokens, eot)
-    if made is None or pairs != [[spelled(part) for part in pair] for pair in made]:
-        return None, left_out + "its merges are not in the order of its tokens"
-    return (tokens, eot), ""
 
 
 # ---- MHA, GQA and MQA into MLA (the writeup's section 12) ---------------------------------------
@@ -731,7 +647,7 @@ def replacing(path, folder=False):
             os.remove(part)
 
 
-def raw(path, name, tensor, dtype):
+def bytes_of(path, name, tensor, dtype):
     """A tensor's bytes in that dtype, rounded to nearest; what gets too large is refused."""
     t = tensor.to(dtype).contiguous()
     if not is_finite(t):
@@ -745,7 +661,7 @@ def write_safetensors(file, path, metadata, tensors, dtype):
     """tensors: {name: (shape, function)}, written in this order, one in memory at a time."""
     header, at = {"__metadata__": metadata}, 0
     for name, (shape, _) in tensors.items():
-        end = at + dtype.itemsize * int(np.prod(shape, dtype=object))
+        end = at + dtype.itemsize * math.prod(shape)
         header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape,
                         "data_offsets": [at, end]}
         at = end
@@ -753,7 +669,7 @@ def write_safetensors(file, path, metadata, tensors, dtype):
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for name, (_, get) in tensors.items():
-        file.write(raw(path, name, get(), dtype))
+        file.write(bytes_of(path, name, get(), dtype))
 
 
 def write_ours(model, path):
@@ -784,85 +700,50 @@ def write_llmc(model, path, dtype):
                   Vp)
     with replacing(path) as file:
         file.write(header.tobytes())
-        file.write(raw(path, "wte.weight", model.tensors["wte.weight"](), dtype))
-        file.write(bytes((Vp - c.vocab_size) * c.n_embd * dtype.itemsize))
-        for name in ("wpe.weight", *(f"h.{layer}.{name}" for name in IN_LAYER
-                                     for layer in range(c.n_layer)), "ln_f.weight", "ln_f.bias"):
-            file.write(raw(path, name, model.tensors[name](), dtype))
+        for name in llmc_order(c.n_layer):
+            file.write(bytes_of(path, name, model.tensors[name](), dtype))
+            if name == "wte.weight":
+                file.write(bytes((Vp - c.vocab_size) * c.n_embd * dtype.itemsize))
 
 
-def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write_folder(model, path, config, dtype=torch.float32, transposed=(), files={}):
+    """A folder that transformers open: config.json, weights, tokenizer; files: {name: text} more.
 
+    Without a tokenizer 256 tokens are bytes.
+    """
+    tokenizer = model.tokenizer
+    if not tokenizer and model.config.vocab_size == 256:
+        tokenizer = [bytes([b]) for b in range(256)], ord("\n")
+    eot = tokenizer[1] if tokenizer else None
+    if tokenizer and len(tokenizer[0][eot]) == 1:  # which only says where samples start
+        eot = None
 
-def write_hf_tokenizer(folder, tokenizer):
-    """Tokens and end of text -> tokenizer.json and tokenizer_config.json"""
-    tokens, eot = tokenizer
-    merges = merges_of(tokens, eot)
-    if merges is None:
-        fail("the model's tokenizer: its tokens are not those of a BPE in the order of its merges")
-    ends = len(tokens[eot]) > 1  # of bytes none means end of text
-    end = tokens[eot].decode(errors="replace")
-    vocabulary = {}
-    for i, token in enumerate(tokens):
-        if token:
-            vocabulary.setdefault(end if ends and i == eot else spelled(token), i)
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    special = [{"id": eot, "content": end, "special": True} | plain] * ends
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-             "use_regex": True}
-    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
-             "normalizer": None, "pre_tokenizer": level, "post_processor": None, "decoder": level,
-             "model": {"type": "BPE", "dropout": None, "unk_token": None,
-                       "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                       "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                       "vocab": vocabulary,
-                       "merges": [[spelled(a), spelled(b)] for a, b in merges]}}
-    # Without these names transformers before 5 give token types too, which GPT-2 adds to its input.
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast",
-                "model_input_names": ["input_ids", "attention_mask"],
-                "clean_up_tokenization_spaces": False}
-    if ends:
-        settings |= dict.fromkeys(("bos_token", "eos_token"), end)
-    write_json(folder / "tokenizer.json", whole)
-    write_json(folder / "tokenizer_config.json", settings)
+    def tensor(name):
+        t = model.tensors[name]()
+        return t.t() if name.endswith(transposed) else t
 
-
-def with_bytes(model):
-    """A model's tokenizer; if it has none and 256 tokens, these are bytes."""
-    if model.tokenizer or model.config.vocab_size != 256:
-        return model.tokenizer
-    return [bytes([b]) for b in range(256)], ord("\n")
-
-
-def end_of_text(tokenizer):
-    """Its id, or None: a token of one byte only says where samples start."""
-    return tokenizer[1] if tokenizer and len(tokenizer[0][tokenizer[1]]) > 1 else None
+    with replacing(path, folder=True) as folder:
+        write_json(folder / "config.json", config | {
+            "dtype": str(dtype).removeprefix("torch."), "bos_token_id": eot, "eos_token_id": eot})
+        with open(folder / "model.safetensors", "wb") as file:
+            write_safetensors(file, path, {"format": "pt"}, {
+                f"transformer.{name}": (shape[::-1] if name.endswith(transposed) else shape,
+                                        functools.partial(tensor, name))
+                for name, shape in shapes_of(model.config).items()}, dtype)
+        if tokenizer:
+            hf_tokenizer.write(folder, *tokenizer)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def write_hf(model, path, dtype):
     """A folder that transformers' GPT2LMHeadModel opens."""
-    c, tokenizer = model.config, with_bytes(model)
-    eot = end_of_text(tokenizer)
-
-    def tensor(name):
-        t = model.tensors[name]()
-        return t.t() if name.endswith(TRANSPOSED) else t
-
-    with replacing(path, folder=True) as folder:
-        write_json(folder / "config.json", {
-            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
-            "dtype": str(dtype).removeprefix("torch."), "vocab_size": c.vocab_size,
-            "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer,
-            "n_head": c.n_head, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True, "bos_token_id": eot, "eos_token_id": eot})
-        with open(folder / "model.safetensors", "wb") as file:
-            write_safetensors(file, path, {"format": "pt"}, {
-                f"transformer.{name}": (shape[::-1] if name.endswith(TRANSPOSED) else shape,
-                                        functools.partial(tensor, name))
-                for name, shape in shapes_of(c).items()}, dtype)
-        if tokenizer:
-            write_hf_tokenizer(folder, tokenizer)
+    c = model.config
+    write_folder(model, path, {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": c.vocab_size,
+        "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
+        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True}, dtype, TRANSPOSED)
 
 
 def check_folder(path, model_type):
@@ -904,8 +785,7 @@ def convert(src, dst, dtype="f32", rank=None, data=None, tokenizer=None):
     else:
         check_folder(dst, "gpt2")
     model = read(src, tokenizer)
-    say(f"{src}: {model.kind}, {model.config.attention} {model.config.position}, "
-        f"{model.config.n_layer} layers, {model.config.n_embd} channels")
+    say(f"{src}: {model}")
     if rank is not None:
         model = to_mla(src, model, rank, data)
     if kind != ".safetensors":

@@ -18,8 +18,7 @@ a GPT-2 that transformers know by themselves is better written by that.
 import argparse
 from dataclasses import asdict
 
-from convert import (DTYPES, ROOT, check_folder, end_of_text, place, read, replacing, run_command,
-                     shapes_of, with_bytes, write_hf_tokenizer, write_json, write_safetensors)
+from convert import ROOT, check_folder, place, read, run_command, write_folder
 from prepro_tinyshakespeare import Parser, say
 
 MODULE = "modeling_train_gpt2_mla"
@@ -43,23 +42,12 @@ def export(src, folder, tokenizer=None):
     folder = place(folder)
     check_folder(folder, "train_gpt2_mla")
     model = read(src, tokenizer)
-    c, tokenizer = model.config, with_bytes(model)
-    eot = end_of_text(tokenizer)
-    with replacing(folder, folder=True) as new:
-        write_json(new / "config.json", {
-            "architectures": ["MlaForCausalLM"], "model_type": "train_gpt2_mla",
-            "auto_map": {"AutoConfig": f"{MODULE}.MlaConfig",
-                         "AutoModelForCausalLM": f"{MODULE}.MlaForCausalLM"},
-            "dtype": "float32", "bos_token_id": eot, "eos_token_id": eot} | asdict(c))
-        (new / f"{MODULE}.py").write_text(modeling_source())
-        with open(new / "model.safetensors", "wb") as file:
-            write_safetensors(file, folder, {"format": "pt"}, {
-                f"transformer.{name}": (shape, model.tensors[name])
-                for name, shape in shapes_of(c).items()}, DTYPES["f32"])
-        if tokenizer:
-            write_hf_tokenizer(new, tokenizer)
-    say(f"{src}: {model.kind}, {c.attention} {c.position}, {c.n_layer} layers, {c.n_embd} "
-        "channels")
+    say(f"{src}: {model}")
+    write_folder(model, folder, {
+        "architectures": ["MlaForCausalLM"], "model_type": "train_gpt2_mla",
+        "auto_map": {"AutoConfig": f"{MODULE}.MlaConfig",
+                     "AutoModelForCausalLM": f"{MODULE}.MlaForCausalLM"}} | asdict(model.config),
+        files={f"{MODULE}.py": modeling_source()})
     for note in model.notes:
         say(f"note: {note}")
     say(f"{folder}: written")

@@ -12,9 +12,12 @@ import contextlib
 import io
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import re
+import resource
+import runpy
 import signal
 import struct
 import subprocess
@@ -255,17 +258,18 @@ def test_nanogpt(folder):
 
 
 def test_hub(folder):
-    """A hub name, from the hub's cache as its own library keeps it."""
+    """A hub name, from the hub's cache as its own library keeps it; standard output is full."""
     cache = folder / "hub/models--someone--tiny"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs/main").write_text("0" * 40)
     (cache / "snapshots").mkdir()
     os.symlink(folder / "hf0", cache / "snapshots" / ("0" * 40))
-    ran = subprocess.run(
-        [sys.executable, ROOT / "dev/convert.py", "someone/tiny", folder / "hub.safetensors"],
-        env=os.environ | {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    with open("/dev/full", "wb") as full:  # a line says so, and nothing else is amiss
+        ran = subprocess.run(
+            [sys.executable, ROOT / "dev/convert.py", "someone/tiny", folder / "hub.safetensors"],
+            env=os.environ | {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"},
+            stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 0 and ran.stderr.count("\n") == 1, ran.stderr
     same_tensors(folder / "hub.safetensors", folder / "h0.safetensors")
 
 
@@ -425,13 +429,16 @@ def test_tokenizers(folder, gpt2):
     whole = json.loads((folder / "bpe.d/tokenizer.json").read_text())
     # One that cuts text otherwise, or that is no tokenizer at all, stays behind.
     for part, value, line in [
-            ("pre_tokenizer", whole["pre_tokenizer"] | {"add_prefix_space": True}, "GPT-2's kind"),
-            ("pre_tokenizer", whole["pre_tokenizer"] | {"use_regex": False}, "GPT-2's kind"),
-            ("normalizer", {"type": "Lowercase"}, "GPT-2's kind"), ("model", [1], "not built as"),
+            ("pre_tokenizer", whole["pre_tokenizer"] | {"add_prefix_space": True}, "cut texts as"),
+            ("pre_tokenizer", whole["pre_tokenizer"] | {"use_regex": False}, "cut texts as"),
+            ("normalizer", {"type": "Lowercase"}, "cut texts as"), ("model", [1], "not built as"),
             ("pre_tokenizer", "x", "not built as"), ("added_tokens", [1], "not built as"),
-            ("model", whole["model"] | {"merges": [1]}, "not built as"),
-            ("model", whole["model"] | {"merges": [["\u4e16", "a"]]}, "not built as"),
-            ("model", whole["model"] | {"vocab": {"\ud800": 1}}, "not built as")]:
+            ("model", whole["model"] | {"merges": [1]}, "in the order"),
+            ("model", whole["model"] | {"merges": [["\u4e16", "a"]]}, "in the order"),
+            ("model", whole["model"] | {"vocab": {"\ud800": 1}}, "is not of bytes"),
+            ("added_tokens", [{"content": "[PAD]", "id": 400}], "400, '[PAD]', is beyond"),
+            ("added_tokens", whole["added_tokens"] + [{"content": "[PAD]", "id": 7}],
+             "an added token that is no end of text, '[PAD]'")]:
         (folder / "bpe.d/tokenizer.json").write_text(json.dumps(whole | {part: value}))
         out = converted(folder / "bpe.d", folder / "bpe5.safetensors")
         assert "the tokenizer is left out" in out and line in out, (part, value, out)
@@ -651,6 +658,7 @@ def test_hostile_files(top):
             ("transformer.h.1.mlp.c_fc.weight", torch.ones(192, 48), "has shape (48, 192)"),
             ("transformer.extra", torch.ones(2), "tensor extra has no place"),
             ("lm_head.weight", torch.ones(199, 48), "lm_head.weight is not equal"),
+            ("ln_f.bias", torch.ones(48), "both ln_f.bias and transformer.ln_f.bias"),
             ("transformer.wte.weight", None, "has no tensor wte.weight")]:
         changed = dict(weights)
         changed[name] = new
@@ -703,42 +711,67 @@ def test_hostile_files(top):
 
 # ---- Bad machines -------------------------------------------------------------------------------
 
+def forked(top, *arguments, output=lambda: os.open(os.devnull, os.O_WRONLY), limits={}):
+    """convert.py on that command line in a process of its own, without the seconds in which Python
+    and PyTorch start. output: makes its standard output; limits: {of resource: value}."""
+    def begin():
+        torch.set_num_threads(1)  # others do not outlive a fork
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        os.dup2(output(), 1)
+        os.dup2(os.open(top / "machine.err", os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), 2)
+        for of, value in limits.items():
+            resource.setrlimit(of, (value, value))
+        sys.argv = ["convert.py", *map(str, arguments)]
+        runpy.run_path(str(ROOT / "dev/convert.py"), run_name="__main__")
+
+    process = multiprocessing.get_context("fork").Process(target=begin)
+    process.start()
+    return process
+
+
 def test_machine(top):
-    """An output that nobody reads or that is full, a full disk, a signal, too little memory."""
+    """An output that nobody reads, a full disk, a signal, too little memory."""
     folder = top / "machine"
     folder.mkdir()
     L, C, V, T = 60, 1024, 256, 64
     with open(top / "huge.bin", "wb") as file:  # 3 GB of zeros, of which the disk holds none
         file.write(struct.pack("<256i", 20240326, 3, T, V, L, 16, C, V, *[0] * 248))
         file.truncate(1024 + 4 * (V + T + L * (12 * C + 13) + 2) * C)
-    command = f"{sys.executable} {ROOT}/dev/convert.py {top}/bpe0 {folder}/m.safetensors " \
-              f"--tokenizer {top}/bpe_tokenizer.bin"
+    small = (top / "bpe0", folder / "m.safetensors", "--tokenizer", top / "bpe_tokenizer.bin")
+    large = (top / "huge.bin", folder / "huge.safetensors")
+    new = lambda: {p.name for p in folder.iterdir()}
 
-    def shell(text):
-        return subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+    def ended(process):
+        """Its exit status, and what it said on standard error"""
+        process.join()
+        return process.exitcode, (top / "machine.err").read_text()
 
-    for end in (">/dev/full", "| true; exit ${PIPESTATUS[0]}"):
-        ran = shell(f"{command} {end}")
-        assert ran.returncode == 0 and ran.stderr.count("\n") == 1, ran
-        assert {p.name for p in folder.iterdir()} == {"m.safetensors", "m_tokenizer.bin"}
-        for path in folder.iterdir():
-            path.unlink()
-    kbytes = (top / "bpe_tokenizer.bin").stat().st_size // 1024 + 1  # which fits, but the model not
-    ran = shell(f"ulimit -f {kbytes}; {command}")
-    assert ran.returncode == 1 and "cannot write: File too large" in ran.stderr, ran
-    assert ran.stderr.count("\n") == 1 and not list(folder.iterdir()), ran
+    def shut():
+        read, write = os.pipe()
+        os.close(read)
+        return write
+
+    status, err = ended(forked(top, *small, output=shut))
+    assert status == 0 and err.count("\n") == 1, (status, err)
+    assert new() == {"m.safetensors", "m_tokenizer.bin"}
+    for path in folder.iterdir():
+        path.unlink()
+    fits = (top / "bpe_tokenizer.bin").stat().st_size  # but the model does not
+    status, err = ended(forked(top, *small, limits={resource.RLIMIT_FSIZE: fits}))
+    assert (status, err.count("\n"), new()) == (1, 1, set()), (status, err)
+    assert "cannot write: File too large" in err
     if sys.platform == "linux":
-        ran = shell(f"ulimit -v 1500000; {sys.executable} {ROOT}/dev/convert.py {top}/huge.bin "
-                    f"{folder}/huge.safetensors")
-        assert ran.returncode == 1 and "not enough memory" in ran.stderr, ran
-        assert ran.stderr.count("\n") == 1 and not list(folder.iterdir()), ran
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        status, err = ended(forked(top, *large, limits={resource.RLIMIT_AS: held + (1 << 30)}))
+        assert (status, err.count("\n"), new()) == (1, 1, set()), (status, err)
+        assert "not enough memory" in err
     for number in (signal.SIGTERM, signal.SIGHUP):
-        running = subprocess.Popen([sys.executable, ROOT / "dev/convert.py", top / "huge.bin",
-                                    folder / "huge.safetensors"], stdout=subprocess.DEVNULL)
-        while not list(folder.glob("*.part")):
+        running = forked(top, *large)
+        while not list(folder.glob("*.part")) and running.is_alive():
             time.sleep(0.01)
-        running.send_signal(number)
-        assert running.wait() == 128 + number and not list(folder.iterdir())
+        os.kill(running.pid, number)
+        assert ended(running)[0] == 128 + number and not new()
 
 
 # ---- Memory -------------------------------------------------------------------------------------
