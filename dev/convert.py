@@ -25,7 +25,6 @@ replaced only if it is of the kind that is written, and is kept as DST.old.
 
 import argparse
 import contextlib
-import fcntl
 import functools
 import io
 import json
@@ -33,8 +32,6 @@ import math
 import os
 import pickle
 import re
-import shutil
-import signal
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -50,8 +47,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "dev/pytorch")]
 import hf_tokenizer  # noqa: E402
 from gpt2_mla import GPT, Config, read_tokens, windows  # noqa: E402
-from hf_tokenizer import read_json, write_json  # noqa: E402
-from prepro_tinyshakespeare import Parser, one_line, say, tokenizer_file  # noqa: E402
+from prepro_tinyshakespeare import Parser, byte_tokenizer, one_line, say  # noqa: E402
+from prepro_tinyshakespeare import tokenizer_file  # noqa: E402
+from whole_files import (check_folder, check_replaceable, fail, place, read_json,  # noqa: E402
+                         replacing, run_command, write_json)
 
 LLMC_MAGIC, TOKENIZER_MAGIC = 20240326, 20240328
 LLMC_VERSIONS = {3: torch.float32, 5: torch.bfloat16}
@@ -88,11 +87,6 @@ class Model:
         return f"{self.kind}, {c.attention} {c.position}, {c.n_layer} layers, {c.n_embd} channels"
 
 
-def fail(message):
-    """Ends the program: one line, exit status 1."""
-    raise SystemExit(f"error: {message}")
-
-
 # ---- Checks that all readers share --------------------------------------------------------------
 
 def is_finite(tensor):
@@ -111,15 +105,15 @@ def as_float32(path, name, tensor):
     return tensor
 
 
-def make_config(path, **values):
+def make_config(path, attention="mha", position="learned", **values):
     """Config from numbers that a file claims; an impossible one is refused in a line."""
     for key, value in values.items():
         least = 0 if key in ("q_rank", "kv_rank", "rope_dim", "nope_dim") else 1
-        if key not in ("attention", "position", "latent_norm") and (
+        if key != "latent_norm" and (
                 type(value) is not int or not least <= value <= 1 << 24):
             fail(f"{path}: {key} is {value!r}, expected a whole number from {least} to {1 << 24}")
     try:
-        return Config(**values)
+        return Config(attention, position, **values)
     except ValueError as error:
         fail(f"{path}: {one_line(error)}")
 
@@ -182,7 +176,7 @@ def read_ours(path):
     check_shapes(path, config, {name: shapes[name] for name in names})
     notes = [NO_MOMENTS] * (len(names) < len(shapes))
     tensors = {name: lambda name=name: as_float32(path, name, get(name)) for name in names}
-    return Model("train_gpt2_mla", config, tensors, tokenizer_beside(path, config), notes=notes)
+    return Model("train_gpt2_mla", config, tensors, notes=notes)
 
 
 def llmc_order(n_layer):
@@ -201,8 +195,7 @@ def read_llmc(path):
     version, T, V, L, NH, C, Vp = map(int, header[1:8])
     if version not in LLMC_VERSIONS:
         fail(f"{path}: version {version} of llm.c's format, expected 3 (float32) or 5 (bfloat16)")
-    config = make_config(path, attention="mha", position="learned", block_size=T, vocab_size=V,
-                         n_layer=L, n_head=NH, n_embd=C)
+    config = make_config(path, block_size=T, vocab_size=V, n_layer=L, n_head=NH, n_embd=C)
     if not V <= Vp <= 1 << 24:
         fail(f"{path}: padded vocabulary of {Vp}, expected at least the vocabulary, {V}")
     dtype = LLMC_VERSIONS[version]
@@ -220,8 +213,7 @@ def read_llmc(path):
     for name in llmc_order(L):
         tensors[name] = functools.partial(read, name, at)
         at += math.prod(shapes[name]) + (Vp - V) * C * (name == "wte.weight")
-    return Model(f"llm.c ({'float32' if version == 3 else 'bfloat16'})", config, tensors,
-                 tokenizer_beside(path, config))
+    return Model(f"llm.c ({'float32' if version == 3 else 'bfloat16'})", config, tensors)
 
 
 def load_pickle(path):
@@ -286,8 +278,7 @@ def read_nanogpt(path):
              "ckpt.pt")
     args, state = checkpoint["model_args"], checkpoint["model"]
     keys = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-    config = make_config(path, attention="mha", position="learned",
-                         **{key: args.get(key) for key in keys})
+    config = make_config(path, **{key: args.get(key) for key in keys})
     shapes = check_pickled(path, state)
     if not args.get("bias", True):  # all weights but those of embeddings and head have one
         shapes |= {name.removesuffix("weight") + "bias": shape[:1] for name, shape in shapes.items()
@@ -296,7 +287,7 @@ def read_nanogpt(path):
     tensors = from_gpt2_names(path, config, shapes, get, False)
     notes = ["nanoGPT's GELU is exact, this program's GPT-2's tanh form: logits differ by some "
              "1e-3"]
-    return Model("nanoGPT", config, tensors, tokenizer_beside(path, config),
+    return Model("nanoGPT", config, tensors,
                  notes=notes + [NO_MOMENTS] * ("optimizer" in checkpoint))
 
 
@@ -349,8 +340,7 @@ def read_hf(folder):
             ("n_inner", None, (None, 4 * C if isinstance(C, int) else None))]:
         if c.get(key, default) not in expected:
             fail(f"{path}: {key} is {c[key]!r}, expected {expected[-1]!r}")
-    config = make_config(path, attention="mha", position="learned", n_embd=C,
-                         n_layer=c.get("n_layer", 12), n_head=c.get("n_head", 12),
+    config = make_config(path, n_embd=C, n_layer=c.get("n_layer", 12), n_head=c.get("n_head", 12),
                          block_size=c.get("n_positions", 1024),
                          vocab_size=c.get("vocab_size", 50257))
     tensors = from_gpt2_names(folder, config, *open_hf_weights(folder), True)
@@ -401,6 +391,8 @@ def read(path, tokenizer=None):
                  f"{LLMC_MAGIC}), nanoGPT's ckpt.pt or a Hugging Face folder")
     if tokenizer:
         model.tokenizer, model.left_out = read_tokenizer(tokenizer), ""
+    elif os.path.isfile(path):
+        model.tokenizer = tokenizer_beside(path, model.config)
     V = model.config.vocab_size
     if model.tokenizer and len(model.tokenizer[0]) > V:
         message = f"{len(model.tokenizer[0])} tokens, the model's vocabulary is {V}"
@@ -584,68 +576,7 @@ def to_mla(path, model, rank, data=None, show=say):
     return replace(model, config=config, tensors=tensors)
 
 
-# ---- Writing: whole files or none ---------------------------------------------------------------
-
-def check_replaceable(path, kind, starts, at=0):
-    """Refuses a file that is there but is not of that kind (bytes `starts` at `at`), cannot be
-    written, or is being written by a run of the C program, which locks path.lock."""
-    if not os.path.exists(path):
-        if os.path.islink(path):
-            fail(f"{path}: a link that leads to no file")
-        return
-    if not os.path.isfile(path):
-        fail(f"{path}: exists and is no regular file; will not replace it")
-    if not os.access(path, os.W_OK) or not os.stat(path).st_mode & 0o222:
-        fail(f"{path}: exists and is read-only; will not replace it")
-    with open(path, "rb") as file:
-        file.seek(at)
-        if os.path.getsize(path) and file.read(len(starts)) != starts:
-            fail(f"{path}: exists and is no {kind}; will not replace it")
-    with contextlib.suppress(FileNotFoundError), open(path + ".lock", "r+b") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            fail(f"{path}: another process is writing it; end that, or name another file")
-
-
-def put_in_place(part, path):
-    """Renames what is complete; what stood there, if it is not empty, is kept as path.old."""
-    if os.path.isdir(path) and not os.listdir(path):
-        os.rmdir(path)
-    elif os.path.exists(path) and os.path.getsize(path):
-        old, n = f"{path}.old", 1
-        while os.path.lexists(old):
-            n += 1
-            old = f"{path}.old{n}"
-        os.rename(path, old)
-        say(f"what was {path} is now {old}")
-    os.replace(part, path)
-
-
-@contextlib.contextmanager
-def replacing(path, folder=False):
-    """Gives a file, or the Path of a folder, beside path, which bears its name once complete."""
-    part = f"{path}.{os.getpid()}.part"
-    try:
-        if folder:
-            os.mkdir(part)
-            yield Path(part)
-        else:
-            with open(part, "xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            if os.path.exists(path):
-                os.chmod(part, os.stat(path).st_mode & 0o7777)
-        put_in_place(part, path)
-    except OSError as error:
-        fail(f"{path}: cannot write: {error.strerror or one_line(error)}")
-    finally:
-        if os.path.isdir(part):
-            shutil.rmtree(part)
-        elif os.path.exists(part):
-            os.remove(part)
-
+# ---- Writing ------------------------------------------------------------------------------------
 
 def bytes_of(path, name, tensor, dtype):
     """A tensor's bytes in that dtype, rounded to nearest; what gets too large is refused."""
@@ -683,13 +614,6 @@ def write_ours(model, path):
             torch.float32)
 
 
-def check_gpt2(model, path, kind):
-    c = model.config
-    if (c.attention, c.position) != ("mha", "learned"):
-        fail(f"{path}: the model is {c.attention} with position {c.position}, {kind} expects mha "
-             "with position learned (all kinds: dev/export_hf.py)")
-
-
 def write_llmc(model, path, dtype):
     """llm.c's checkpoint, version 3 or 5; the vocabulary padded with zeros to 128 rows."""
     c = model.config
@@ -713,10 +637,10 @@ def write_folder(model, path, config, dtype=torch.float32, transposed=(), files=
     """
     tokenizer = model.tokenizer
     if not tokenizer and model.config.vocab_size == 256:
-        tokenizer = [bytes([b]) for b in range(256)], ord("\n")
-    eot = tokenizer[1] if tokenizer else None
-    if tokenizer and len(tokenizer[0][eot]) == 1:  # which only says where samples start
-        eot = None
+        tokenizer = byte_tokenizer()[:2]
+    eot = None  # nor is it a token of one byte, which only says where samples start
+    if tokenizer and len(tokenizer[0][tokenizer[1]]) > 1:
+        eot = tokenizer[1]
 
     def tensor(name):
         t = model.tensors[name]()
@@ -746,27 +670,6 @@ def write_hf(model, path, dtype):
         "tie_word_embeddings": True}, dtype, TRANSPOSED)
 
 
-def check_folder(path, model_type):
-    """Refuses what is there, unless it is empty or a model's folder of that type."""
-    if not os.path.lexists(path):
-        return
-    if not os.path.isdir(path):
-        fail(f"{path}: exists and is no folder; will not replace it (expected X.safetensors, X.bin "
-             "or a folder)")
-    if os.listdir(path):
-        config = os.path.join(path, "config.json")
-        found = read_json(config).get("model_type") if os.path.exists(config) else "missing"
-        if found != model_type:
-            fail(f"{path}: a folder whose model_type is {found}, expected {model_type}; will not "
-                 "replace it")
-
-
-def place(path):
-    """Where a file or folder of this name really goes: links stay, and are followed."""
-    path = os.fspath(path).rstrip("/") or os.fspath(path)
-    return os.path.realpath(path) if os.path.islink(path) else path
-
-
 def convert(src, dst, dtype="f32", rank=None, data=None, tokenizer=None):
     """All that the command line does; rank: --to mla. Refusals are SystemExit with one line."""
     dst = place(dst)
@@ -788,8 +691,10 @@ def convert(src, dst, dtype="f32", rank=None, data=None, tokenizer=None):
     say(f"{src}: {model}")
     if rank is not None:
         model = to_mla(src, model, rank, data)
-    if kind != ".safetensors":
-        check_gpt2(model, src, "llm.c" if kind == ".bin" else "Hugging Face's GPT-2")
+    c = model.config
+    if kind != ".safetensors" and (c.attention, c.position) != ("mha", "learned"):
+        fail(f"{src}: the model is {c.attention} with position {c.position}, expected mha with "
+             f"position learned for {dst} (all kinds: dev/export_hf.py)")
     writes_tokenizer = kind in (".safetensors", ".bin") and model.tokenizer
     with contextlib.ExitStack() as both:  # files bear their names, or neither does
         if writes_tokenizer:
@@ -808,21 +713,6 @@ def convert(src, dst, dtype="f32", rank=None, data=None, tokenizer=None):
     for note in model.notes:
         say(f"note: {note}")
     say(f"{dst}: written")
-
-
-def run_command(main):
-    """main(), with one line where memory does not suffice, and no half file after any signal."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup's is to be ignored, and stays so
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (MemoryError, OSError, RuntimeError) as error:  # NumPy's, a mapping's, PyTorch's
-        if "memory" not in repr(error).lower():
-            raise
-        fail(f"not enough memory: {one_line(error)[:200]}")
 
 
 def main():

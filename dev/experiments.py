@@ -24,7 +24,6 @@ PyTorch, convert PyTorch and safetensors.
 import argparse
 import concurrent.futures
 import csv
-import json
 import os
 import re
 import shlex
@@ -272,20 +271,25 @@ def csv_row(run):
             "processor": gpu_name() if cuda else result["processor"]}
 
 
-def run_missing(name, runs, options, folder):
-    """Makes the runs that the CSV lacks, and adds them to it -> how many failed.
+def to_make(name, jobs, options, folder):
+    """Of jobs, {(row, seed, rate): anything}, those that the CSV lacks, or, if --only or --seeds
+    name jobs that are all there, these once more -> them, and what the CSV has by the same keys"""
+    published = {(e["row"], int(e["seed"]), e["learning_rate"]): e
+                 for e in read_results(name, folder)}
+    missing = {key: job for key, job in jobs.items() if key not in published}
+    return missing if missing or not (options.only or options.seeds) else jobs, published
 
-    If --only or --seeds name runs that are all there, these are made again and compared.
-    """
-    published = {(e["row"], e["seed"], e["learning_rate"]): e for e in read_results(name, folder)}
-    missing = [run for run in runs if (run.row, str(run.seed), run.rate) not in published]
-    if missing or not (options.only or options.seeds):
-        runs = missing
-    else:
-        for run in runs:
-            for ending in (".json", ".csv", ".safetensors"):
-                run.file(ending).unlink(missing_ok=True)
-            run.result = None
+
+def run_missing(name, runs, options, folder):
+    """Makes the runs that the CSV lacks, and adds them to it -> how many failed. Runs that are made
+    once more are compared."""
+    runs, published = to_make(name, {(run.row, run.seed, run.rate): run for run in runs}, options,
+                              folder)
+    for key in runs.keys() & published.keys():
+        for ending in (".json", ".csv", ".safetensors"):
+            runs[key].file(ending).unlink(missing_ok=True)
+        runs[key].result = None
+    runs = list(runs.values())
     if not runs:
         print(f"{name}: all runs are in {folder / name}.csv")
         return 0
@@ -300,7 +304,7 @@ def run_missing(name, runs, options, folder):
     runs.sort(key=lambda run: run.seed)  # so that an interruption leaves whole seeds
 
     def done(run):
-        old, entry = published.get((run.row, str(run.seed), run.rate)), csv_row(run)
+        old, entry = published.get((run.row, run.seed, run.rate)), csv_row(run)
         if old is None:
             add_result(name, entry, folder)
         elif old["val_loss"] == entry["val_loss"]:
@@ -352,11 +356,11 @@ def rewritten(row, seed, program, hashes, options, folder):
     if not trained.file(".safetensors").exists():
         raise SystemExit(f"{trained.file('.safetensors')}: the trained model is not there; "
                          f'experiments.py convert --only "{base}" --seeds {seed} makes it')
-    if not path.exists():
-        model = convert.read(trained.file(".safetensors"))
-        data = words["--train-data"] if by_data else None
-        model = convert.to_mla(trained.name, model, rank, data, show=lambda line: None)
-        convert.write_ours(model, path)
+    model = convert.read(trained.file(".safetensors"))
+    data = words["--train-data"] if by_data else None
+    model = convert.to_mla(trained.name, model, rank, data, show=lambda line: None)
+    path.unlink(missing_ok=True)  # it may be of another convert.py
+    convert.write_ours(model, path)
     return path
 
 
@@ -400,16 +404,11 @@ def run_rewritten(rows, program, hashes, options, folder):
         return f"--to mla --kv-rank {rank}" + " --data novels_train.txt" * by_data
 
     def tune(jobs):
-        published = {(e["row"], e["seed"], e["learning_rate"]): e
-                     for e in read_results("convert", folder)}
-        key = lambda row, seed, rate: (row, str(seed), rate)
-        missing = [job for job in jobs if key(*job) not in published]
-        if missing or not (options.only or options.seeds):
-            jobs = missing
+        jobs, published = to_make("convert", dict.fromkeys(jobs), options, folder)
         pairs, made = list(dict.fromkeys(job[:2] for job in jobs)), {}
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for pair, (entry, *of_run) in zip(pairs, pool.map(at_once, pairs)):
-                if pair[1] != TUNING_SEED and (entry["row"], str(pair[1]), "") not in published:
+                if pair[1] != TUNING_SEED and (entry["row"], pair[1], "") not in published:
                     add_result("convert", entry, folder)
                 compare.show(f"{entry['row']}, seed {pair[1]}: {entry['val_loss']}")
                 made[pair] = of_run

@@ -18,8 +18,9 @@ a GPT-2 that transformers know by themselves is better written by that.
 import argparse
 from dataclasses import asdict
 
-from convert import ROOT, check_folder, place, read, run_command, write_folder
+from convert import ROOT, read, write_folder
 from prepro_tinyshakespeare import Parser, say
+from whole_files import check_folder, place, run_command
 
 MODULE = "modeling_train_gpt2_mla"
 COMMAND_LINE = "# " + "-" * 76 + "\n# Command line\n"

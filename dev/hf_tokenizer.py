@@ -4,27 +4,8 @@ A tokenizer is (tokens, eot) everywhere: a list of bytes, and the id of the toke
 What the C program would not cut as transformers do is not read.
 """
 
-import json
-
-from prepro_tinyshakespeare import one_line
-
-END_OF_TEXT = "<|endoftext|>"
-
-
-def read_json(path):
-    """A file's JSON object. Anything else ends the program in a line."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise SystemExit(f"error: {path}: cannot be read as JSON: {one_line(error)}") from None
-    if not isinstance(found, dict):
-        raise SystemExit(f"error: {path}: its JSON is no object, expected one")
-    return found
-
-
-def write_json(path, content):
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+from prepro_tinyshakespeare import END_OF_TEXT, one_line
+from whole_files import fail, read_json, write_json
 
 
 def letters():
@@ -125,11 +106,10 @@ def read(folder, eos, V):
 
 
 def write(folder, tokens, eot):
-    """tokenizer.json and tokenizer_config.json. Tokens that are no BPE end the program in a line."""
+    """tokenizer.json and tokenizer_config.json; tokens that are no BPE are refused."""
     merges = merges_of(tokens, eot)
     if merges is None:
-        raise SystemExit("error: the model's tokenizer: its tokens are not those of a BPE in the "
-                         "order of its merges")
+        fail("the model's tokenizer: its tokens are not those of a BPE in the order of its merges")
     ends = len(tokens[eot]) > 1  # of bytes none means end of text
     end = tokens[eot].decode(errors="replace")
     vocabulary = {}
