@@ -1,11 +1,11 @@
 """Writes the results' tables into the texts, and their figures, from dev/results/*.csv and
 dev/speed/decode_speed.md.
 
-    python3 dev/report.py              rewrites what stands between <!-- NAME --> and <!-- /NAME -->
-                                       in doc/writeup.md, doc/modify.md and README.md, and figures in
-                                       doc/figures
-    python3 dev/report.py --check      changes nothing; status 1 if a text does not say what the
-                                       CSVs do, or a figure is missing
+    python3 dev/report.py           rewrites what stands between <!-- NAME --> and <!-- /NAME --> in
+                                    doc/writeup.md, doc/modify.md and README.md, and figures in
+                                    doc/figures
+    python3 dev/report.py --check   changes nothing; status 1 if a text does not say what the CSVs
+                                    do, or a figure is missing
 
 Needs numpy and scipy, for the figures matplotlib.
 """
