@@ -638,8 +638,8 @@ def write_folder(model, path, config, dtype=torch.float32, transposed=(), files=
     tokenizer = model.tokenizer
     if not tokenizer and model.config.vocab_size == 256:
         tokenizer = byte_tokenizer()[:2]
-    eot = None  # nor is it a token of one byte, which only says where samples start
-    if tokenizer and len(tokenizer[0][tokenizer[1]]) > 1:
+    eot = None
+    if tokenizer and len(tokenizer[0][tokenizer[1]]) > 1:  # one byte only says where samples start
         eot = tokenizer[1]
 
     def tensor(name):
