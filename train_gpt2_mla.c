@@ -74,6 +74,10 @@ pass.
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef __AMX_BF16__  // chapter 13
+#include <immintrin.h>
+#include <sys/syscall.h>
+#endif
 
 #if __FINITE_MATH_ONLY__
 #error "-Ofast and -ffast-math remove every check for NaN: use -O3"
@@ -171,17 +175,27 @@ typedef struct Evaluation Evaluation;
 static void model_reserve(Model *m, int B, int T, int training);
 
 // Chapter 13. A matrix by its strides: element (i, j) is p[i*row + j*col], one of row and col
-// being 1. Swapping the two transposes.
+// being 1. Swapping the two transposes. In decoding, b's numbers may be bfloat16: then bf16 has
+// them, and p, unless it is NULL, the same numbers before they were rounded.
 typedef struct {
     const real *p;
     long row, col;
+    const uint16_t *bf16;
 } Mat;
 
-static Mat rows_of(const real *p, long row) { return (Mat){p, row, 1}; }
-static Mat transposed(const real *p, long row) { return (Mat){p, 1, row}; }
+static Mat rows_of(const real *p, long row) { return (Mat){p, row, 1, NULL}; }
+static Mat transposed(const real *p, long row) { return (Mat){p, 1, row, NULL}; }
 static Mat mat_from(Mat a, long i, long j) {  // what lies right of and below element (i, j)
-    return (Mat){a.p + i * a.row + j * a.col, a.row, a.col};
+    long at = i * a.row + j * a.col;
+    return (Mat){a.p ? a.p + at : NULL, a.row, a.col, a.bf16 ? a.bf16 + at : NULL};
 }
+
+enum { FP32, BF16 };  // what products take: floats, or floats rounded to bfloat16
+static const char *const precision_names[] = {"fp32", "bf16", NULL};
+static int precision;
+static inline uint16_t to_bfloat16(real x);
+static void find_matrix_unit(void);     // so that products use it, if there is one
+static void keep_twin(const Model *m);  // of the weights, as bfloat16, from which decoding reads
 
 // c (M, N) = start + a (M, K) b (K, N), where rows of c are c_row apart:
 //     for i < M: for j < N:
@@ -194,8 +208,9 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K,
                    const real *start, long start_row);
 
 // For products that a thread makes alone. b (K, N) is first packed into panels of NR columns:
-// number (k, j) goes to panels[j/NR * NR*K + k*NR + j%NR], room for whole panels being there. Then
-// c = start + a b, which may use the first K rows only of a b that was packed `depth` rows deep.
+// number (k, j) goes to panels[j/NR * NR*K + k*NR + j%NR], room for whole panels being there, and
+// for round_up(K, KR) rows (a matrix unit has an order of its own). Then c = start + a b, which may
+// use the first K rows only of a b that was packed `depth` rows deep.
 static void pack_panels(real *panels, Mat b, int K, int N);
 static void multiply_panels(real *c, long c_row, Mat a, const real *panels, long depth,
                             int M, int N, int K, const real *start, long start_row);
@@ -214,6 +229,7 @@ enum {
     VW = VECTOR_BYTES / sizeof(real),  // numbers in a vector
     NR = 2 * VW,                       // columns of a panel
     MC = 8 * MR,                       // rows that a thread multiplies at a time: whole tiles
+    KR = 16,                           // rows of panels for which there must be room
 };
 
 // e^x, as code that compilers turn into vectors; within 2e-7, and x taken as -60 to 60 (float).
@@ -760,7 +776,7 @@ static void rotate(const Model *m, View x, int heads, int N, int T, int sign) {
 
 // Queries handled at once; queries in a thread's unit of work in the forward, whose strips share
 // the packed keys.
-enum { STRIP = MC, UNIT = 4 * STRIP };
+enum { STRIP = MC / 2, UNIT = 8 * STRIP };
 
 typedef struct {
     int heads, kv_heads;     // NH, NKV
@@ -1508,8 +1524,8 @@ static int cache_mode(const Config *c) {
 struct Cache {
     int mode, B;                  // sequences
     int used, capacity, places;   // tokens of each: so far, at most; capacity in whole panels
-    size_t sequence_size;         // reals of one sequence in one layer
-    real *layers;                 // (L, B, sequence_size)
+    size_t sequence_size;         // numbers of one sequence in one layer
+    void *layers;                 // (L, B, sequence_size) reals, or bfloat16
     real *chunks, *scores;        // (B, NH, chunks, value+2), per thread (NH, CHUNK)
     real *q_lat, *o_lat;          // (B, NH, R+rope), (B, NH, R) absorbed
     real *kv;                     // latent: per thread (NOPE+HS, CHUNK), a head's keys and values
@@ -1521,7 +1537,8 @@ static void place_cache(const Model *m, Cache *cache, Arena *arena) {
     int absorbed = cache->mode == CACHE_ABSORBED, latent = cache->mode == CACHE_LATENT;
     size_t B = cache->B, NH = c->NH, threads = omp_get_max_threads();
     size_t chunks = (cache->places + CHUNK - 1) / CHUNK;
-    cache->layers = take(arena, c->L * B * cache->sequence_size + NR);  // tiles read past the end
+    size_t numbers = c->L * B * cache->sequence_size + NR;  // tiles read past the end
+    cache->layers = take(arena, precision == BF16 ? (numbers + 1) / 2 : numbers);
     cache->chunks = take(arena, B * NH * chunks * (max_int(c->HS, c->R) + 2));
     cache->scores = take(arena, threads * NH * CHUNK);
     cache->q_lat = take(arena, absorbed * B * NH * c->kv_a_row);
@@ -1548,18 +1565,41 @@ static void cache_free(Cache *cache) {
     free(cache);
 }
 
-// [ATTENTION 3] Keys and values where a cache has them: views of sequence 0's; those of the next
-// are sequence_size further on. k and k_rope lie in panels. If `up` is set, W_UKV, k views latents
-// (places, R), of which a query has yet to make keys and values; with keys_in_rows, there is no
-// k_rope.
+// Where among a cache's numbers those of sequence 0 are: token t's of head h from
+// at + t*token + h*head on; those of the next sequence sequence_size further.
 typedef struct {
-    Heads heads;
+    long at, token, head;
+} Places;
+
+static long place_of(Places x, long t, int h) { return x.at + t * x.token + h * x.head; }
+
+// [ATTENTION 3] Keys and values where a cache has them. k and k_rope lie in panels. If `up` is set,
+// W_UKV, k has latents (places, R), of which a query has yet to make keys and values; with
+// keys_in_rows, there is no k_rope.
+typedef struct {
+    int heads, kv_heads, nope, rope, value;  // as in Heads
+    View q;
+    Places k, k_rope, v;
     const real *up;
     int keys_in_rows;
 } Cached;
 
-static real *cached_sequence(const Model *m, int l, int b) {  // (sequence_size)
-    return m->cache->layers + ((long)l * m->cache->B + b) * m->cache->sequence_size;
+static long cached_layer(const Model *m, int l) {  // where its sequences begin
+    return (long)l * m->cache->B * m->cache->sequence_size;
+}
+
+// The matrix of cached numbers that begins at place `at`.
+static Mat cached_matrix(const Model *m, long at, long row, long col) {
+    const Cache *cache = m->cache;
+    if (precision == BF16) return (Mat){NULL, row, col, (const uint16_t *)cache->layers + at};
+    return (Mat){(const real *)cache->layers + at, row, col, NULL};
+}
+
+// Writes x (n) to a cache, number by number `apart`.
+static void cache_put(Cache *cache, long at, const real *x, int n, long apart) {
+    for (int i = 0; i < n; i++, at += apart)
+        if (precision == BF16) ((uint16_t *)cache->layers)[at] = to_bfloat16(x[i]);
+        else ((real *)cache->layers)[at] = x[i];
 }
 
 static Cached cached_heads(const Model *m, int l) {  // [ATTENTION 3] of layer l, full or latent
@@ -1567,24 +1607,17 @@ static Cached cached_heads(const Model *m, int l) {  // [ATTENTION 3] of layer l
     int latent = m->cache->mode == CACHE_LATENT, k = latent ? c->R : c->NOPE;
     long places = m->cache->places;
     long keys = places * k * (latent ? 1 : c->NKV), values = latent ? 0 : places * c->NKV * c->HS;
-    real *base = cached_sequence(m, l, 0);
-    Heads h = {.heads = c->NH, .kv_heads = c->NKV, .nope = c->NOPE, .rope = c->rope,
-               .value = c->HS,
-               .k = {base, k, latent ? 0 : places * k},
-               .v = {base + keys, c->HS, latent ? 0 : places * c->HS},
-               .k_rope = {base + keys + values, c->rope, 0}};
-    return (Cached){.heads = h, .up = latent ? m->w[l][KVB_W] : NULL};
+    long base = cached_layer(m, l);
+    return (Cached){.heads = c->NH, .kv_heads = c->NKV, .nope = c->NOPE, .rope = c->rope,
+                    .value = c->HS,
+                    .k = {base, k, latent ? 0 : places * k},
+                    .v = {base + keys, c->HS, latent ? 0 : places * c->HS},
+                    .k_rope = {base + keys + values, c->rope, 0},
+                    .up = latent ? m->w[l][KVB_W] : NULL};
 }
 
-// Where the numbers of key `at`, n of them, stand among panels: NR apart.
-static real *panel_place(real *panels, long at, int n) {
-    return panels + at / NR * NR * n + at % NR;
-}
-
-static void panel_put(real *panels, long at, const real *key, int n) {
-    real *place = panel_place(panels, at, n);
-    for (int i = 0; i < n; i++) place[(long)i * NR] = key[i];
-}
+// Where the numbers of key t, n of them, stand among panels that begin at `panels`: NR apart.
+static long panel_place(long panels, long t, int n) { return panels + t / NR * NR * n + t % NR; }
 
 // [ATTENTION 3] Appends T tokens of each sequence, from what the projection just made.
 static void cache_append(Model *m, int l, const Acts *acts, int B, int T) {
@@ -1596,24 +1629,25 @@ static void cache_append(Model *m, int l, const Acts *acts, int B, int T) {
     for (int b = 0; b < B; b++)
         for (int t = 0; t < T; t++) {
             long n = (long)b * T + t, at = m->past + t;
+            long sequence = b * cache->sequence_size;
+            const real *latent = m->latent + n * R, *k_rope = head_at(from.k_rope, n, 0);
             if (cache->mode == CACHE_ABSORBED) {
-                real *row = cached_sequence(m, l, b) + at * c->kv_a_row;
-                memcpy(row, m->latent + n * R, R * sizeof(real));
-                memcpy(row + R, head_at(from.k_rope, n, 0), rope * sizeof(real));
+                long row = cached_layer(m, l) + sequence + at * c->kv_a_row;
+                cache_put(cache, row, latent, R, 1), cache_put(cache, row + R, k_rope, rope, 1);
                 continue;
             }
             Cached to = cached_heads(m, l);
-            long sequence = b * cache->sequence_size;
             for (int g = 0; g < (to.up ? 1 : c->NKV); g++) {
-                real *k = head_at(to.heads.k, 0, g) + sequence;
-                if (to.up) panel_put(k, at, m->latent + n * R, R);
+                long k = place_of(to.k, 0, g) + sequence, v = place_of(to.v, at, g) + sequence;
+                if (to.up) cache_put(cache, panel_place(k, at, R), latent, R, NR);
                 else {
-                    real *v = head_at(to.heads.v, at, g) + sequence;
-                    panel_put(k, at, head_at(from.k, n, g), c->NOPE);
-                    memcpy(v, head_at(from.v, n, g), c->HS * sizeof(real));
+                    const real *key = head_at(from.k, n, g);
+                    cache_put(cache, panel_place(k, at, c->NOPE), key, c->NOPE, NR);
+                    cache_put(cache, v, head_at(from.v, n, g), c->HS, 1);
                 }
             }
-            panel_put(to.heads.k_rope.p + sequence, at, head_at(from.k_rope, n, 0), rope);
+            long rotary = panel_place(to.k_rope.at + sequence, at, rope);
+            cache_put(cache, rotary, k_rope, rope, NR);
         }
 }
 
@@ -1626,7 +1660,7 @@ static void cache_append(Model *m, int l, const Acts *acts, int B, int T) {
 // maximum; the chunks are then weighted by e^(their maximum - the largest):
 //     out = sum_c w_c o_c / sum_c w_c sum_c,   w_c = e^((max_c - max) / sqrt(QK))
 
-// The product of matmul, by one thread and for a few rows (chapter 13). a's numbers are adjacent
+// The product of matmul, by one thread and meant for a few rows (chapter 13). a's numbers adjoin
 // within a row; b's within a column, or in panels (rows NR apart), or within a row, and then NR
 // numbers past its end can be read too.
 static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K,
@@ -1638,29 +1672,29 @@ static real *chunk_result(const Model *m, int b, int h, int chunk, int chunks, i
 }
 
 // [ATTENTION 3] The queries of sequence b that read key/value head g, against one chunk's keys.
-static void query_chunk(const Model *m, const Cached *cached, int b, int g, int chunk, int keys) {
-    const Heads *a = &cached->heads;
+static void query_chunk(const Model *m, const Cached *a, int b, int g, int chunk, int keys) {
     int chunks = (keys + CHUNK - 1) / CHUNK, value = a->value, group = a->heads / a->kv_heads;
     long first = (long)chunk * CHUNK, o_row = (long)chunks * (value + 2);
     int n = min_int(CHUNK, keys - first), thread = omp_get_thread_num();
     real *o = chunk_result(m, b, g * group, chunk, chunks, value);     // (group, o_row)
     real *s = m->cache->scores + (long)thread * m->c.NH * CHUNK;       // (group, CHUNK)
     long sequence = b * m->cache->sequence_size;
-    const real *pk = head_at(a->k, first, g) + sequence, *pv = head_at(a->v, first, g) + sequence;
-    const real *pk_rope = head_at(a->k_rope, first, g) + sequence;
+    long k_at = place_of(a->k, first, g) + sequence, v_at = place_of(a->v, first, g) + sequence;
+    long k_rope_at = place_of(a->k_rope, first, g) + sequence;
     Mat q = rows_of(head_at(a->q, b, g * group), a->q.head), q_rope = mat_from(q, 0, a->nope);
-    Mat k = cached->keys_in_rows ? transposed(pk, a->k.token) : rows_of(pk, NR);  // (nope, n)
-    Mat v = rows_of(pv, a->v.token);                                      // (n, value)
-    if (cached->up) {  // [k'; v'] = W_UKV c', (nope+value, n) from latents c' (R, n) in panels (21)
+    Mat k = a->keys_in_rows ? cached_matrix(m, k_at, 1, a->k.token)       // (nope, n)
+                            : cached_matrix(m, k_at, NR, 1);
+    Mat v = cached_matrix(m, v_at, a->v.token, 1);                        // (n, value)
+    if (a->up) {  // [k'; v'] = W_UKV c', (nope+value, n) from latents c' (R, n) in panels (21)
         int rows = a->nope + value, R = a->k.token;
         real *kv = m->cache->kv + (long)thread * rows * CHUNK;
-        Mat up = rows_of(cached->up + (long)g * rows * R, R);
-        multiply_panels(kv, CHUNK, up, pk, R, rows, n, R, NULL, 0);
+        matmul_few(kv, CHUNK, rows_of(a->up + (long)g * rows * R, R), k, rows, n, R, NULL, 0);
         k = rows_of(kv, CHUNK), v = transposed(kv + a->nope * CHUNK, CHUNK);
     }
     matmul_few(s, CHUNK, q, k, group, n, a->nope, NULL, 0);  // s = q_nope k_nope' (11)
     if (a->rope)                                             //   + q_rope k_rope'
-        matmul_few(s, CHUNK, q_rope, rows_of(pk_rope, NR), group, n, a->rope, s, CHUNK);
+        matmul_few(s, CHUNK, q_rope, cached_matrix(m, k_rope_at, NR, 1), group, n, a->rope, s,
+                   CHUNK);
     for (int r = 0; r < group; r++) {  // p (12), relative to the chunk
         real *sr = s + r * CHUNK, *end = o + r * o_row + value;
         end[0] = largest(sr, n);
@@ -1669,15 +1703,14 @@ static void query_chunk(const Model *m, const Cached *cached, int b, int g, int 
     matmul_few(o, o_row, rows_of(s, CHUNK), v, group, value, n, NULL, 0);  // o = p v (13)
 }
 
-// q (B, NH, nope+rope) of `cached`, out (B, NH, value), against `keys` keys
-static void attention_query(const Model *m, const Cached *cached, View out, int B, int keys) {
-    const Heads *a = &cached->heads;
+// q (B, NH, nope+rope) of a, out (B, NH, value), against `keys` keys
+static void attention_query(const Model *m, const Cached *a, View out, int B, int keys) {
     int chunks = (keys + CHUNK - 1) / CHUNK, value = a->value;
     real scale = score_scale(&m->c);
     #pragma omp parallel for collapse(3) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int chunk = 0; chunk < chunks; chunk++)
-            for (int g = 0; g < a->kv_heads; g++) query_chunk(m, cached, b, g, chunk, keys);
+            for (int g = 0; g < a->kv_heads; g++) query_chunk(m, a, b, g, chunk, keys);
     #pragma omp parallel for collapse(2)
     for (int b = 0; b < B; b++)
         for (int h = 0; h < a->heads; h++) {
@@ -1720,11 +1753,10 @@ static void absorbed_query(Model *m, int l, View q, View out, int B, int keys) {
         for (int b = 0; b < B; b++)
             memcpy(head_at(q_lat, b, h) + R, head_at(q, b, h) + NOPE, c->rope * sizeof(real));
     }
-    View latents = {cached_sequence(m, l, 0), row, 0};
-    Heads mqa = {.heads = NH, .kv_heads = 1, .nope = row, .rope = 0, .value = R, .q = q_lat,
-                 .k = latents, .v = latents, .k_rope = latents};
-    Cached cached = {.heads = mqa, .keys_in_rows = 1};
-    attention_query(m, &cached, o_lat, B, keys);
+    Places latents = {cached_layer(m, l), row, 0};
+    Cached mqa = {.heads = NH, .kv_heads = 1, .nope = row, .rope = 0, .value = R, .q = q_lat,
+                  .k = latents, .v = latents, .k_rope = latents, .keys_in_rows = 1};
+    attention_query(m, &mqa, o_lat, B, keys);
     #pragma omp parallel for
     for (int h = 0; h < NH; h++) {  // out = W_UV o_lat (26)
         const real *w_uv = m->w[l][KVB_W] + ((long)(h / group) * (NOPE + HS) + NOPE) * R;
@@ -1745,7 +1777,7 @@ static void attend_cached(Model *m, int l, Acts *acts, int B, int T) {
     else if (mode == CACHE_ABSORBED) absorbed_query(m, l, a.q, out, B, keys);
     else {
         Cached cached = cached_heads(m, l);
-        cached.heads.q = a.q;
+        cached.q = a.q;
         attention_query(m, &cached, out, B, keys);
     }
 }
@@ -1942,6 +1974,7 @@ static void generate_command(Model *m, const Options *o, const Tokenizer *tokeni
     int n = min_int(o->generate, capacity - n_prompt + 1);
     int *out = allocate(sizeof(int) * B * (n + 1), "generated tokens");
 
+    if (precision == BF16) keep_twin(m);
     model_reserve(m, B, n_prompt, 0);
     Cache *cache = cache_create(m, mode, B, capacity);
     print_model(stderr, m, mode);
@@ -1964,12 +1997,13 @@ static void generate_command(Model *m, const Options *o, const Tokenizer *tokeni
         fprintf(stderr, "[stopped: the %d tokens that the model has learned to look back over, its "
                 "block size, are full]\n", c->block_size);
     long floats = cache_floats(c, mode), mha = 2L * c->L * c->C;
-    double tokens = (double)B * capacity, MB = sizeof(real) / 1e6;
+    double tokens = (double)B * capacity, MB = (precision == BF16 ? 2 : sizeof(real)) / 1e6;
     fprintf(stderr, "prompt %ld tokens x %d, %.0f tok/s | decoded %ld tokens, %.0f tok/s\n",
             n_prompt, B, n_prompt * B / g.prompt_seconds, g.made,
             g.made > B ? (g.made - B) / g.seconds : 0.0);
-    fprintf(stderr, "cache %s: %ld floats per token, %.2f MB in all | MHA: %ld floats per token, "
-            "%.2f MB in all\n", cache_names[mode], floats, floats * tokens * MB, mha,
+    fprintf(stderr, "cache %s: %ld %s per token, %.2f MB in all | MHA: %ld per token, "
+            "%.2f MB in all\n", cache_names[mode], floats,
+            precision == BF16 ? "bfloat16" : "floats", floats * tokens * MB, mha,
             mha * tokens * MB);
     cache_free(cache);
     free(prompt), free(out), free(file);
@@ -2104,12 +2138,12 @@ static Model *model_create(const Config *c, int training) {
 }
 
 static Room place_room(Arena *arena, int QK, int HS, int T) {
-    size_t t = round_up(T, NR);
+    size_t t = round_up(T, NR), deep = round_up(T, KR);
     Room r = {.row = t / 32 * 32 + 48};
     r.s = take(arena, STRIP * r.row), r.ds = take(arena, STRIP * r.row);
     r.keys = take(arena, T * QK), r.dk = take(arena, T * QK);
-    r.kt = take(arena, QK * t), r.vt = take(arena, HS * t);
-    r.k = take(arena, T * round_up(QK, NR)), r.v = take(arena, T * round_up(HS, NR));
+    r.kt = take(arena, round_up(QK, KR) * t), r.vt = take(arena, round_up(HS, KR) * t);
+    r.k = take(arena, deep * round_up(QK, NR)), r.v = take(arena, deep * round_up(HS, NR));
     r.q = take(arena, STRIP * round_up(QK, NR));
     r.d_out = take(arena, STRIP * round_up(HS, NR));
     return r;
@@ -2201,6 +2235,23 @@ static void model_free(Model *m) {
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 enum { KC = 256, NC = 1024 };  // depth of a thread's panels; columns of panels that all share
 
+// --- bfloat16: the upper half of a float, its exponent and 7 bits of fraction ("Half the bits" in
+// section 14). With --precision bf16 every product rounds both its factors so, as it packs them;
+// its sums are floats.
+
+static inline uint16_t to_bfloat16(real x) {  // to the nearest; of two as near, to the even one
+    union { float f; uint32_t u; } v = {x};
+    uint32_t up = 0x7fff + (v.u >> 16 & 1);
+    return x == x ? (v.u + up) >> 16 : v.u >> 16 | 0x40;  // NaN stays NaN
+}
+
+static inline real from_bfloat16(uint16_t x) {
+    union { uint32_t u; float f; } v = {(uint32_t)x << 16};
+    return v.f;
+}
+
+static inline real rounded(real x) { return from_bfloat16(to_bfloat16(x)); }
+
 // c (rows, vectors*VW) = start + a b. Number (i, k) of a is a[i*a_row + k*a_step], rows of b are
 // b_row apart. Always inlined, so that the constants of each caller unroll the loops and put acc
 // into registers. With one vector (few_by_columns), a is the large matrix and comes from memory:
@@ -2267,14 +2318,139 @@ static inline void pack(real *dst, const real *src, long line, long deep, int n,
                     for (int y = 0; y < n - i; y++) d[y] = s[y];
             }
     }
-}
-
-static void pack_panels(real *panels, Mat b, int K, int N) {
-    pack(panels, b.p, b.col, b.row, N, K, NR);
+    if (precision == BF16)
+        for (long i = 0; i < round_up(n, W) * K; i++) dst[i] = rounded(dst[i]);
 }
 
 _Alignas(64) static _Thread_local real own_a[MC * KC], own_b[NC / 2 * KC];  // a thread's own panels
 _Alignas(64) static real shared[NC * KC];                        // panels that all threads read
+
+// --- A matrix unit (AMX, in Intel's servers since 2023), where the processor has one
+//
+// It multiplies tiles, not vectors: registers of 16 rows of 64 bytes. One instruction adds to
+// 16 x 16 float sums the product of 16 rows of 32 bfloat16 each and 32 rows of 16, which is 8192
+// multiply-adds in 16 cycles; two vector units do 512 in that time. The factor on the right has its
+// numbers in PAIRS of two rows: line p of its tile is b(2p, j), b(2p+1, j) for 16 columns j; line i
+// on the left is a(i, 2p), a(i, 2p+1) for 16 p, a row as it lies. So what is packed here are pairs,
+// 32 bits each, into panels of 32 lines (rows of a, columns of b), zeros up to a whole 32 numbers:
+// pair p of line i of a panel stands at p/16*512 + i*16 + p%16 in a's, at p*32 + i in b's. This is
+// the one place of this file with a processor's own instructions.
+
+static int matrix_unit;  // whether there is one, and the system lets this process use it
+enum { PAIRS_A, PAIRS_B };
+
+// Number k of line i is src[i*line + k*deep], one of the two being 1; n lines of K numbers.
+static void pack_pairs(real *panels, const real *src, long line, long deep, int n, int K,
+                       int which) {
+    long depth = round_up(K, 32), apart = which == PAIRS_A ? 16 : 32;
+    for (int i = 0; i < n; i += 16)
+        for (int k = 0; k < K; k += 32) {
+            uint32_t block[16][16], *dst = (uint32_t *)panels + i / 32 * 16 * depth;
+            dst += which == PAIRS_A ? k * 16 + i % 32 * 16 : k * 16 + i % 32;
+            const real *s = src + i * line + k * deep;
+            long s_line = line, s_deep = deep;
+            real whole[16 * 32];
+            if (n - i < 16 || K - k < 32) {  // at the edges, from a copy with zeros
+                memset(whole, 0, sizeof whole);
+                s_line = deep == 1 ? 32 : 1, s_deep = deep == 1 ? 1 : 16;
+                for (int x = 0; x < min_int(16, n - i); x++)
+                    for (int y = 0; y < min_int(32, K - k); y++)
+                        whole[x * s_line + y * s_deep] = s[x * line + y * deep];
+                s = whole;
+            }
+            if (deep == 1)  // block[line][pair], else block[pair][line]
+                for (int x = 0; x < 16; x++) {
+                    uint16_t numbers[32];
+                    for (int y = 0; y < 32; y++) numbers[y] = to_bfloat16(s[x * s_line + y]);
+                    memcpy(block[x], numbers, sizeof numbers);
+                }
+            else
+                for (int y = 0; y < 16; y++) {
+                    const real *even = s + 2 * y * s_deep, *odd = even + s_deep;
+                    for (int x = 0; x < 16; x++)
+                        block[y][x] = to_bfloat16(even[x]) | (uint32_t)to_bfloat16(odd[x]) << 16;
+                }
+            if ((deep == 1) == (which == PAIRS_A))
+                for (int r = 0; r < 16; r++) memcpy(dst + r * apart, block[r], sizeof *block);
+            else
+                for (int r = 0; r < 16; r++)
+                    for (int x = 0; x < 16; x++) dst[r * apart + x] = block[x][r];
+        }
+}
+
+#ifdef __AMX_BF16__
+// c (32, 32) = start + a b, from a panel of each, whole 32s deep. Two tiles of each: with four sums
+// at work at a time, loads (8 cycles a tile) stay behind products.
+static void multiply_pairs(const uint32_t *a, const uint32_t *b, long depth, real *c, long c_row,
+                           const real *start, long start_row) {
+    static _Thread_local int configured;
+    if (!configured) {  // palette 1, start row 0, bytes of a row, rows: of tiles 0 to 7
+        struct { uint8_t palette, row, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {
+            1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+        _tile_loadconfig(&shape);
+        configured = 1;
+    }
+    long from = start_row * sizeof(real), to = c_row * sizeof(real);
+    if (start) {
+        const real *below = start + 16 * start_row;
+        _tile_loadd(0, start, from);
+        _tile_loadd(1, start + 16, from);
+        _tile_loadd(2, below, from);
+        _tile_loadd(3, below + 16, from);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (long k = 0; k < depth; k += 32, a += 512, b += 512) {
+        _tile_loadd(4, a, 64);
+        _tile_loadd(6, b, 128);
+        _tile_loadd(7, b + 16, 128);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a + 256, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, c, to);
+    _tile_stored(1, c + 16, to);
+    _tile_stored(2, c + 16 * c_row, to);
+    _tile_stored(3, c + 16 * c_row + 16, to);
+}
+
+// Linux keeps tiles back (8 KB to save at every switch) from processes that have not asked.
+long syscall(long number, ...);  // unistd.h has it among extensions only
+static void find_matrix_unit(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    matrix_unit = !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
+}
+#else
+// The same without such a unit: tests have it where there is none.
+static void multiply_pairs(const uint32_t *a, const uint32_t *b, long depth, real *c, long c_row,
+                           const real *start, long start_row) {
+    for (int i = 0; i < 32; i++)
+        for (int j = 0; j < 32; j++) {
+            real sum = start ? start[i * start_row + j] : 0;
+            for (int p = 0; p < depth / 2; p++) {
+                uint32_t x = a[p / 16 * 512 + i * 16 + p % 16], y = b[p * 32 + j];
+                sum += from_bfloat16(x & 0xffff) * from_bfloat16(y & 0xffff);
+                sum += from_bfloat16(x >> 16) * from_bfloat16(y >> 16);
+            }
+            c[i * c_row + j] = sum;
+        }
+}
+static void find_matrix_unit(void) {}
+#endif
+
+static void pack_panels(real *panels, Mat b, int K, int N) {
+    if (matrix_unit) pack_pairs(panels, b.p, b.col, b.row, N, K, PAIRS_B);
+    else pack(panels, b.p, b.col, b.row, N, K, NR);
+}
+
+// Numbers in which a panel of K rows lies, and how many rows own_b's and the shared ones have.
+static long panel_size(int K) { return matrix_unit ? round_up(K, 32) / 2 * NR : (long)K * NR; }
+static int panel_depth(void) { return matrix_unit ? 2 * KC : KC; }
 
 // --- Tiles over whole matrices, within one thread
 
@@ -2305,9 +2481,61 @@ static void multiply_tiles(real *c, long c_row, Mat a, long a_panel, const real 
         }
 }
 
+// The same from panels of pairs, both; M at most MC.
+static void multiply_pair_tiles(real *c, long c_row, const real *a, const real *b, long panel,
+                                int M, int N, int K, const real *start, long start_row) {
+    long depth = round_up(K, 32);
+    for (int j = 0; j < N; j += 32, b += panel)
+        for (int i = 0; i < M; i += 32) {
+            const uint32_t *pa = (const uint32_t *)a + i / 2 * depth, *pb = (const uint32_t *)b;
+            const real *s = start ? start + i * start_row + j : NULL;
+            int rows = min_int(32, M - i), cols = min_int(32, N - j);
+            real edge[32 * 32], *pc = c + i * c_row + j;
+            if (rows == 32 && cols == 32) {
+                multiply_pairs(pa, pb, depth, pc, c_row, s, start_row);
+                continue;
+            }
+            for (int r = 0; s && r < rows; r++)
+                memcpy(edge + r * 32, s + r * start_row, cols * sizeof(real));
+            multiply_pairs(pa, pb, depth, edge, 32, s ? edge : NULL, 32);
+            for (int r = 0; r < rows; r++)
+                memcpy(pc + r * c_row, edge + r * 32, cols * sizeof(real));
+        }
+}
+
+// Adds terms k .. k+kc-1 for M rows of c, from row i of a on: b's are in panels. The first terms
+// start from `start`, later ones from what c has by then. If a must be packed, M is at most MC.
+static int must_pack(Mat a) { return a.col != 1 || precision == BF16; }
+
+static void multiply_rows(real *c, long c_row, Mat a, int i, int k, const real *panels, long panel,
+                          int M, int N, int kc, const real *start, long start_row) {
+    Mat rows = mat_from(a, i, k);
+    if (k) start = c, start_row = c_row;
+    if (matrix_unit) {
+        pack_pairs(own_a, rows.p, a.row, a.col, M, kc, PAIRS_A);
+        multiply_pair_tiles(c, c_row, own_a, panels, panel, M, N, kc, start, start_row);
+        return;
+    }
+    if (must_pack(a)) {
+        pack(own_a, rows.p, a.row, a.col, M, kc, MR);
+        rows = (Mat){own_a, 1, MR, NULL};
+    }
+    multiply_tiles(c, c_row, rows, MR * (must_pack(a) ? kc : a.row), panels, NR, panel, M, N, kc,
+                   start, start_row);
+}
+
 static void multiply_panels(real *c, long c_row, Mat a, const real *panels, long depth,
                             int M, int N, int K, const real *start, long start_row) {
-    multiply_tiles(c, c_row, a, MR * a.row, panels, NR, depth * NR, M, N, K, start, start_row);
+    if (precision == FP32)
+        multiply_tiles(c, c_row, a, MR * a.row, panels, NR, depth * NR, M, N, K, start, start_row);
+    else
+        for (int k = 0, kc; k < K; k += kc) {
+            kc = min_int(panel_depth(), K - k);
+            for (int i = 0; i < M; i += MC)
+                multiply_rows(c + i * c_row, c_row, a, i, k, panels + panel_size(k),
+                              panel_size(depth), min_int(MC, M - i), N, kc,
+                              start ? start + i * start_row : NULL, start_row);
+        }
 }
 
 // --- A few rows: what decoding does all the time
@@ -2317,18 +2545,41 @@ static void multiply_panels(real *c, long c_row, Mat a, const real *panels, long
 
 enum { FEW = 16 };  // rows that are few, a multiple of VW
 
+// A number at p as bfloat16, to be rounded, or as it is.
+enum { HALF, TO_ROUND, AS_IS };
+static inline real number(const void *p, long i, const int kind) {
+    if (kind == HALF) return from_bfloat16(((const uint16_t *)p)[i]);
+    return kind == TO_ROUND ? rounded(((const real *)p)[i]) : ((const real *)p)[i];
+}
+
+// Rounded numbers, or bfloat16, of a matrix whose rows are contiguous: dst (rows, n).
+static void as_floats(real *dst, long dst_row, Mat a, int rows, int n) {
+    for (int i = 0; i < rows; i++, dst += dst_row) {
+        const uint16_t *half = a.bf16 + i * a.row;
+        const real *p = a.p + i * a.row;
+        if (a.bf16) for (int j = 0; j < n; j++) dst[j] = number(half, j, HALF);
+        else for (int j = 0; j < n; j++) dst[j] = number(p, j, TO_ROUND);
+    }
+}
+
 // If b's columns are contiguous and a has several rows, compute the transpose, c' = b' a': each
 // number of b multiplies a vector, of VW rows of a. x holds a in panels of VW rows.
 static void few_by_columns(real *c, long c_row, const real *x, Mat b, int M, int N, int K,
                            const real *start, long start_row) {
     for (int n = 0, cols; n < N; n += cols) {
         cols = N - n >= MR ? MR : N - n >= 4 ? 4 : 1;
+        const real *pb = b.p + n * b.col;
+        long pb_row = b.col;
+        if (precision == BF16) {
+            as_floats(own_b, K, (Mat){pb, b.col, 1, b.bf16 ? b.bf16 + n * b.col : NULL}, cols, K);
+            pb = own_b, pb_row = K;
+        }
         for (int m = 0; m < M; m += VW) {
             real t[MR * VW];  // (cols, VW)
-            const real *pb = b.p + n * b.col, *px = x + (long)m * K;
-            if (cols == MR) tile(MR, 1, K, pb, b.col, 1, px, VW, t, VW, NULL, 0);
-            else if (cols == 4) tile(4, 1, K, pb, b.col, 1, px, VW, t, VW, NULL, 0);
-            else tile(1, 1, K, pb, b.col, 1, px, VW, t, VW, NULL, 0);
+            const real *px = x + (long)m * K;
+            if (cols == MR) tile(MR, 1, K, pb, pb_row, 1, px, VW, t, VW, NULL, 0);
+            else if (cols == 4) tile(4, 1, K, pb, pb_row, 1, px, VW, t, VW, NULL, 0);
+            else tile(1, 1, K, pb, pb_row, 1, px, VW, t, VW, NULL, 0);
             for (int i = m; i < min_int(m + VW, M); i++)
                 for (int j = 0; j < cols; j++)
                     c[i * c_row + n + j] = (start ? start[i * start_row + n + j] : 0)
@@ -2338,19 +2589,26 @@ static void few_by_columns(real *c, long c_row, const real *x, Mat b, int M, int
 }
 
 // The same for one row, x: dot products, eight at a time. They stand N/8 columns apart, so that
-// memory delivers eight streams without gaps.
-static void few_dots(real *c, const real *x, Mat b, int N, int K, const real *start) {
+// memory delivers eight streams without gaps. Inlined, so that the kind of b's numbers is constant.
+__attribute__((always_inline))
+static inline void few_dots(real *c, const real *x, Mat b, int N, int K, const real *start,
+                            const int kind) {
     int apart = (N + 7) / 8;
     for (int j = 0; j < apart; j++) {
-        const real *y[8];  // some are computed twice at the end
-        for (int n = 0; n < 8; n++) y[n] = b.p + min_int(j + n * apart, N - 1) * b.col;
-        const real *b0 = y[0], *b1 = y[1], *b2 = y[2], *b3 = y[3];
-        const real *b4 = y[4], *b5 = y[5], *b6 = y[6], *b7 = y[7];
+        const void *y[8];  // some are computed twice at the end
+        for (int n = 0; n < 8; n++) {
+            long at = min_int(j + n * apart, N - 1) * b.col;
+            y[n] = kind == HALF ? (const void *)(b.bf16 + at) : b.p + at;
+        }
+        const void *b0 = y[0], *b1 = y[1], *b2 = y[2], *b3 = y[3];
+        const void *b4 = y[4], *b5 = y[5], *b6 = y[6], *b7 = y[7];
         real s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
         #pragma omp simd reduction(+:s0, s1, s2, s3, s4, s5, s6, s7)
         for (int k = 0; k < K; k++) {
-            s0 += x[k] * b0[k], s1 += x[k] * b1[k], s2 += x[k] * b2[k], s3 += x[k] * b3[k];
-            s4 += x[k] * b4[k], s5 += x[k] * b5[k], s6 += x[k] * b6[k], s7 += x[k] * b7[k];
+            s0 += x[k] * number(b0, k, kind), s1 += x[k] * number(b1, k, kind);
+            s2 += x[k] * number(b2, k, kind), s3 += x[k] * number(b3, k, kind);
+            s4 += x[k] * number(b4, k, kind), s5 += x[k] * number(b5, k, kind);
+            s6 += x[k] * number(b6, k, kind), s7 += x[k] * number(b7, k, kind);
         }
         real sum[8] = {s0, s1, s2, s3, s4, s5, s6, s7};
         for (int n = 0, at = j; n < 8 && at < N; n++, at += apart)
@@ -2358,24 +2616,67 @@ static void few_dots(real *c, const real *x, Mat b, int N, int K, const real *st
     }
 }
 
+// With rounding, FEW rows by one thread: b's rows, or panels, are widened into panels of their own,
+// 128 columns at a time.
+static void few_rounded(real *c, long c_row, Mat a, Mat b, long panel, int M, int N, int K,
+                        const real *start, long start_row) {
+    as_floats(own_a, K, a, M, K);
+    for (int n = 0; n < N; n += 128) {
+        int cols = min_int(128, N - n);
+        for (int j = 0; j < cols; j += NR)
+            as_floats(own_b + j * K, NR, mat_from(b, 0, (n + j) / NR * panel), K,
+                      min_int(NR, cols - j));
+        multiply_tiles(c + n, c_row, rows_of(own_a, K), MR * K, own_b, NR, (long)K * NR, M, cols, K,
+                       start ? start + n : NULL, start_row);
+    }
+}
+
+// The weights once more, as bfloat16, if decoding reads these.
+static struct { const real *of; size_t n; uint16_t *numbers; } twin;
+
+static void keep_twin(const Model *m) {
+    twin.of = m->params, twin.n = m->n_reals;
+    twin.numbers = allocate(twin.n * sizeof *twin.numbers, "parameters as bfloat16");
+    #pragma omp parallel for
+    for (size_t i = 0; i < twin.n; i++) twin.numbers[i] = to_bfloat16(m->params[i]);
+}
+
+static Mat with_twin(Mat b) {
+    size_t at = ((uintptr_t)b.p - (uintptr_t)twin.of) / sizeof(real);
+    if (at < twin.n) b.bf16 = twin.numbers + at;
+    return b;
+}
+
 // b's rows NR apart are read as panels: a plain matrix of such rows has at most NR columns and is
 // a single panel, which is the same.
 static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K,
                        const real *start, long start_row) {
     long panel = b.row == NR ? (long)K * NR : NR;
-    if (b.col == 1)
+    int rounds = precision == BF16, most = MC * KC / FEW;  // terms at a time
+    if (M == 1 && b.col != 1) most = rounds ? MC * KC : K;
+    b = with_twin(b);
+    if (b.col == 1 && !rounds) {
         multiply_tiles(c, c_row, a, MR * a.row, b.p, b.row, panel, M, N, K, start, start_row);
-    else if (M == 1) few_dots(c, a.p, b, N, K, start);
-    else
-        for (int m = 0; m < M; m += FEW)
-            for (int k = 0; k < K; k += MC * KC / FEW) {
-                int rows = min_int(FEW, M - m), kc = min_int(MC * KC / FEW, K - k);
-                real *cm = c + m * c_row;
-                const real *from = k ? cm : start ? start + m * start_row : NULL;
-                pack(own_a, a.p + m * a.row + k, a.row, 1, rows, kc, VW);
-                few_by_columns(cm, c_row, own_a, mat_from(b, k, 0), rows, N, kc, from,
-                               k ? c_row : start_row);
+        return;
+    }
+    for (int m = 0; m < M; m += FEW)
+        for (int k = 0; k < K; k += most) {
+            int rows = min_int(FEW, M - m), kc = min_int(most, K - k);
+            real *cm = c + m * c_row;
+            const real *from = k ? cm : start ? start + m * start_row : NULL;
+            long from_row = k ? c_row : start_row;
+            Mat am = mat_from(a, m, k), bk = mat_from(b, k, 0);
+            if (b.col == 1) few_rounded(cm, c_row, am, bk, panel, rows, N, kc, from, from_row);
+            else if (M > 1) {
+                pack(own_a, am.p, a.row, 1, rows, kc, VW);
+                few_by_columns(cm, c_row, own_a, bk, rows, N, kc, from, from_row);
+            } else if (!rounds) few_dots(cm, am.p, bk, N, kc, from, AS_IS);
+            else {
+                as_floats(own_a, kc, am, 1, kc);
+                if (b.bf16) few_dots(cm, own_a, bk, N, kc, from, HALF);
+                else few_dots(cm, own_a, bk, N, kc, from, TO_ROUND);
             }
+        }
 }
 
 // --- The product, by all threads
@@ -2384,29 +2685,17 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K,
 // together what all will read (`shared`). Which of the two depends on the shape: see "Who packs" in
 // section 14.
 
-// Adds terms k .. k+kc-1 for M rows of c, from row i of a on: b's are in panels. The first terms
-// start from `start`, later ones from what c has by then.
-static void multiply_rows(real *c, long c_row, Mat a, int i, int k, const real *panels,
-                          int M, int N, int kc, const real *start, long start_row) {
-    Mat rows = mat_from(a, i, k);
-    if (a.col != 1) {
-        pack(own_a, rows.p, a.row, a.col, M, kc, MR);
-        rows = (Mat){own_a, 1, MR};
-    }
-    multiply_tiles(c, c_row, rows, MR * (a.col != 1 ? kc : a.row), panels, NR, (long)kc * NR, M, N,
-                   kc, k ? c : start, k ? c_row : start_row);
-}
-
 // By one thread, which packs b, NC/2 columns at most, and a too if its rows are not contiguous.
 static void multiply_alone(real *c, long c_row, Mat a, Mat b, int M, int N, int K,
                            const real *start, long start_row) {
-    int height = a.col != 1 ? MC : M;
-    for (int k = 0; k < K; k += KC) {
-        int kc = min_int(KC, K - k);
+    int height = must_pack(a) ? MC : M;
+    for (int k = 0, kc; k < K; k += kc) {
+        kc = min_int(panel_depth(), K - k);
         pack_panels(own_b, mat_from(b, k, 0), kc, N);
         for (int i = 0; i < M; i += height)
-            multiply_rows(c + i * c_row, c_row, a, i, k, own_b, min_int(height, M - i), N, kc,
-                          start ? start + i * start_row : NULL, start_row);
+            multiply_rows(c + i * c_row, c_row, a, i, k, own_b, panel_size(kc),
+                          min_int(height, M - i), N, kc, start ? start + i * start_row : NULL,
+                          start_row);
     }
 }
 
@@ -2435,16 +2724,19 @@ static void multiply_shared(real *c, long c_row, Mat a, Mat b, int M, int N, int
     int height = round_up((M - 1) / groups + 1, MR), units = (M - 1) / height + 1;  // whole tiles
     #pragma omp parallel
     for (int j0 = 0; j0 < N; j0 += NC)
-        for (int k = 0; k < K; k += KC) {
-            int n = min_int(NC, N - j0), kc = min_int(KC, K - k);
+        for (int k = 0, kc; k < K; k += kc) {
+            int n = min_int(NC, N - j0);
+            kc = min_int(panel_depth(), K - k);
             taken[omp_get_thread_num()] = 0;
             #pragma omp for
             for (int j = 0; j < n; j += NR)
-                pack_panels(shared + (long)j * kc, mat_from(b, k, j0 + j), kc, min_int(NR, n - j));
+                pack_panels(shared + j / NR * panel_size(kc), mat_from(b, k, j0 + j), kc,
+                            min_int(NR, n - j));
             for (int u; (u = next_unit(taken, units)) < units;) {
                 int i = u * height;
-                multiply_rows(c + i * c_row + j0, c_row, a, i, k, shared, min_int(height, M - i), n,
-                              kc, start ? start + i * start_row + j0 : NULL, start_row);
+                multiply_rows(c + i * c_row + j0, c_row, a, i, k, shared, panel_size(kc),
+                              min_int(height, M - i), n, kc,
+                              start ? start + i * start_row + j0 : NULL, start_row);
             }
             #pragma omp barrier
         }
@@ -2462,9 +2754,9 @@ static void check_matmul(Mat a, Mat b) {
 
 static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K,
                    const real *start, long start_row) {
-    int threads = omp_get_max_threads(), packed = a.col != 1;
+    int threads = omp_get_max_threads(), packed = must_pack(a);
     check_matmul(a, b);
-    if (M <= FEW && !packed && b.row == 1) {
+    if (M <= FEW && a.col == 1 && b.row == 1) {
         int columns = M == 1 ? 64 : round_up((N - 1) / threads + 1, MR);  // few_dots: streams of 8
         #pragma omp parallel for
         for (int j = 0; j < N; j += columns)
@@ -2517,16 +2809,11 @@ static inline real fast_exp(real x) {
 #endif
 }
 
-// Sixteen running maxima, since compilers do not reorder a single one.
 static real largest(const real *x, int n) {
-    real max[16];
-    for (int i = 0; i < 16; i++) max[i] = x[0];
-    int i = 0;
-    for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++) max[j] = x[i + j] > max[j] ? x[i + j] : max[j];
-    for (; i < n; i++) max[0] = x[i] > max[0] ? x[i] : max[0];
-    for (int j = 1; j < 16; j++) max[0] = max[j] > max[0] ? max[j] : max[0];
-    return max[0];
+    real max = x[0];
+    #pragma omp simd reduction(max:max)
+    for (int i = 0; i < n; i++) max = x[i] > max ? x[i] : max;
+    return max;
 }
 
 static real exp_row(real *x, int n, real scale, real max) {
@@ -3515,6 +3802,9 @@ static void print_model(FILE *f, const Model *m, int cache) {  // [ATTENTION 1]
     if (c->QK != c->HS) fprintf(f, ", nope_dim %d", c->NOPE);
     fprintf(f, "\n%zu parameters | KV cache %ld floats per token over all layers, where MHA needs "
             "%ld (%.1f%%)\n", m->n_params, floats, mha, 100.0 * floats / mha);
+    if (precision == BF16)
+        fprintf(f, "products of bfloat16, by %s\n", matrix_unit ? "a matrix unit" :
+                "vector units, as fast as of floats: no matrix unit here");
 }
 
 // --- What a run leaves behind, and how it is stopped
@@ -3802,6 +4092,8 @@ static Option options[] = {  // [ATTENTION 1]
     {"--beta2", "AdamW's (0.99)", DOUBLE, &opt.adam.beta2, 0, 0.999999},
     {"--eps", "AdamW's (1e-8)", DOUBLE, &opt.adam.eps, 1e-30, 1},
     {"--grad-clip", "largest gradient norm, 0 for no limit (1)", DOUBLE, &opt.grad_clip, 0, 1e9},
+    {"--precision", "of factors in products: fp32, or bf16, twice as fast with matrix units (fp32)",
+     CHOICE, &precision, 0, 0, precision_names, ALL},
     {"--dropout", "probability, on embedding, attention and MLP outputs (0)",
      DOUBLE, &opt.dropout, 0, 0.99},
     {"--seed", "of all randomness (1337)", LONG, &opt.seed, 0, 9e15, .modes = TRAIN | GENERATE},
@@ -4074,11 +4366,11 @@ static const char *settings(const Data *d) {
     const AdamW *a = &opt.adam;
     snprintf(text, sizeof text, "training data %ld tokens (hash %08x), order %s, "
              "batch %d x %d x %d, steps %ld, %s schedule: warmup %ld, lr %.15g to %.15g, "
-             "decay %.15g, betas %.15g %.15g, eps %.15g, clip %.15g, dropout %.15g, seed %ld",
+             "decay %.15g, betas %.15g %.15g, eps %.15g, clip %.15g, dropout %.15g, seed %ld%s",
              d->n, hash_bytes(d->tokens, d->n * (long)sizeof *d->tokens), order_names[o->order],
              o->batch_size, o->grad_accum, o->seq_len, s->steps, schedule_names[s->kind],
              s->warmup, s->peak, s->floor, a->weight_decay, a->beta1, a->beta2, a->eps,
-             o->grad_clip, o->dropout, o->seed);
+             o->grad_clip, o->dropout, o->seed, precision == BF16 ? ", precision bf16" : "");
     return text;
 }
 
@@ -4153,6 +4445,7 @@ int main(int argc, char **argv) {
     parse_options(argc, argv);
     if (opt.help) return print_help(), 0;
     check_options();
+    if (precision == BF16) find_matrix_unit();
     long done = 0;
     int status = 0;
     Inputs in = open_inputs();
