@@ -131,7 +131,7 @@ static void test_matmul_way(int way) {
             int kind = variant / 4;
             if (kind >= 3 && variant & 1) continue;
             // The largest shapes are slow, and meant for the products that share what is packed.
-            if (M * N * K > 1 << 26 && (kind >= 3 || variant % 4 != 1 || way)) continue;
+            if (M * N * K > 1 << (way ? 23 : 26) && (kind >= 3 || variant % 4 != 1 || way)) continue;
             for (int i = 0; i < M * c_row; i++) c[i] = once[i] = random_normal(4, i);
             const real *start = kind % 3 == 1 ? bias : kind % 3 == 2 ? c : NULL;
             long start_row = kind % 3 == 1 ? 0 : c_row;
@@ -408,12 +408,13 @@ static void test_decoding(const char *what, Model *m, int n, int n_prompt) {
         check(what, "keeps as many floats per token as it says",
               kept == (size_t)cache_floats(&m->c, mode) * B * n);
         Sampling greedy = {0, 0};
-        generate(m, cache, &first, 1, LENGTH, &greedy, 1, NULL, NULL);
-        generate(m, cache, &first, 1, LENGTH, &greedy, 1, NULL, out);
-        memcpy(text[mode], out, sizeof text[mode]);
-        if (precision == FP32)  // else two tokens may be too close to tell apart
+        if (precision == FP32) {  // else two tokens may be too close to tell apart
+            generate(m, cache, &first, 1, LENGTH, &greedy, 1, NULL, NULL);
+            generate(m, cache, &first, 1, LENGTH, &greedy, 1, NULL, out);
+            memcpy(text[mode], out, sizeof text[mode]);
             check(what, "greedy text is the same in every cache mode",
                   !memcmp(text[0], text[mode], sizeof text[0]));
+        }
         cache_free(cache);
     }
     free(tokens), free(fed), free(full);
@@ -547,10 +548,10 @@ static void test_long_decoding(void) {  // of every kind, from one chunk of keys
         for (int way = 1; way < WAYS; way++) {
             char what[140];
             if (!use_way(way)) continue;
-            m = model_of_kind(&kinds[k], 3, CHUNK + 50);
+            m = model_of_kind(&kinds[k], 3, CHUNK + 30);
             snprintf(what, sizeof what, "%s, %s", kind_name(&kinds[k]), way_names[way]);
             if (way == 1) keep_twin(m);  // else decoding rounds weights as it reads them
-            test_decoding(what, m, CHUNK + 50, CHUNK - 3);
+            test_decoding(what, m, CHUNK + 30, CHUNK - 3);
             free(twin.numbers), twin.numbers = NULL, twin.n = 0;
             model_free(m);
         }
@@ -868,7 +869,8 @@ static int same_files(const char *a, const char *b) {
     return same;
 }
 
-// 20 steps of every kind leave the same checkpoint, byte for byte, on any number of threads.
+// Steps of every kind, in every way, leave the same checkpoint, byte for byte, on any number of
+// threads.
 static void test_threads(void) {
 #ifdef _OPENMP
     static const int threads[] = {1, 2, 3, 5, 16};
@@ -882,13 +884,13 @@ static void test_threads(void) {
             m->dropout = 0.1f;
             AdamW adam = {0.9, 0.99, 1e-8, 0.1};
             random_tokens(x, B * T, m->c.V), random_tokens(y, B * T, m->c.V);
-            for (int step = 1; step <= 20; step++) {
+            for (int step = 1; step <= (k < N_KINDS ? 20 : 3); step++) {
                 m->dropout_key = step;
                 forward_backward(m, x, y, B, T, 1);
                 adamw_update(m, &adam, 1e-3, step, clip_scale(gradient_norm(m), 0.5));
             }
             checkpoint_save(m, i ? other : first, 20, "threads", "");
-            if (i) check("threads: same checkpoint after 20 steps", attention_names[kinds[k % N_KINDS].attention], same_files(first, other));
+            if (i) check("threads: same checkpoint", attention_names[kinds[k % N_KINDS].attention], same_files(first, other));
             model_free(m);
         }
     use_way(0);

@@ -4359,6 +4359,8 @@ static void model_defaults(const Inputs *in) {
 
 // The options that shape a run, in words, once all defaults are chosen. 15 digits tell apart all
 // that a person can give, and print 0.004 as it was given.
+static const char bf16_setting[] = ", precision bf16";  // without it, fp32
+
 static const char *settings(const Data *d) {
     static char text[900];
     const Options *o = &opt;
@@ -4370,7 +4372,7 @@ static const char *settings(const Data *d) {
              d->n, hash_bytes(d->tokens, d->n * (long)sizeof *d->tokens), order_names[o->order],
              o->batch_size, o->grad_accum, o->seq_len, s->steps, schedule_names[s->kind],
              s->warmup, s->peak, s->floor, a->weight_decay, a->beta1, a->beta2, a->eps,
-             o->grad_clip, o->dropout, o->seed, precision == BF16 ? ", precision bf16" : "");
+             o->grad_clip, o->dropout, o->seed, precision == BF16 ? bf16_setting : "");
     return text;
 }
 
@@ -4378,6 +4380,10 @@ static const char *settings(const Data *d) {
 static long resume_point(const Checkpoint *checkpoint, const char *is) {
     const char *was = checkpoint_meta(checkpoint, "settings");
     const char *step = checkpoint_meta(checkpoint, "step");
+    int bf16 = strstr(was, bf16_setting) != NULL;
+    if (bf16 != (precision == BF16))
+        fail(2, "%s: its run had precision %s; this one has %s (--load starts another run from it)",
+             opt.save, precision_names[bf16], precision_names[precision]);
     size_t same = 0;  // up to the first setting that differs
     for (size_t i = 0; was[i] && was[i] == is[i]; i++)
         if (was[i] == ' ' && i && was[i - 1] == ',') same = i + 1;

@@ -17,7 +17,7 @@ keys and values is no longer much larger than that of latents, or even smaller.
 
 typedef struct {
     const char *name;
-    int attention, position, NKV, R, mode;
+    int attention, position, NKV, R, mode, precision;
     Model *m;
     double rates[64], bytes, flops;
 } Row;
@@ -33,6 +33,8 @@ static Model *random_model(const Row *r, int L, int NH, int C, int context, int 
     return m;
 }
 
+static double number_bytes(const Row *r) { return r->precision == BF16 ? 2 : sizeof(real); }
+
 // What a step must read, weights once for the batch and the cache of each sequence, and compute.
 static void count_work(Row *r, int context, int B) {
     const Config *c = &r->m->c;
@@ -45,18 +47,23 @@ static void count_work(Row *r, int context, int B) {
         old = (double)c->NH * (2 * c->R + c->rope);
         new = (c->NH - c->NKV) * up;  // each query head absorbs; weights count key/value heads
     }
-    r->bytes = sizeof(real) * (weights + cached);
+    r->bytes = number_bytes(r) * (weights + cached);
     r->flops = 2 * B * (weights + c->L * (new + context * old));
 }
 
 // Tokens per second just behind `context` tokens.
-static double decode_rate(Model *m, int mode, int context, int B) {
+static double decode_rate(const Row *r, int context, int B) {
     int tokens[1024], steps = 0;
-    Cache *cache = cache_create(m, mode, B, context + 64);
-    size_t size = cache->sequence_size * cache->B * m->c.L;
+    Model *m = r->m;
+    precision = r->precision;
+    if (precision == BF16) keep_twin(m);
+    Cache *cache = cache_create(m, r->mode, B, context + 64);
+    long size = cache->sequence_size * cache->B * m->c.L;
     #pragma omp parallel for
-    for (size_t i = 0; i < size; i++)
-        cache->layers[i] = (real)((int)(random_bits(1, i) >> 40) * 0x1p-24 - 0.5);
+    for (long i = 0; i < size; i++) {
+        real x = (int)(random_bits(1, i) >> 40) * 0x1p-24 - 0.5;
+        cache_put(cache, i, &x, 1, 1);
+    }
     for (int b = 0; b < B; b++) tokens[b] = b % 256;
     cache->used = context;
     decode(m, cache, tokens, 1);  // warm up
@@ -66,6 +73,8 @@ static double decode_rate(Model *m, int mode, int context, int B) {
         took = seconds() - start;
     } while (++steps < 32 && took < 0.5);
     cache_free(cache);
+    if (precision == BF16) free(twin.numbers), twin.n = 0;
+    precision = FP32;
     return B * steps / took;
 }
 
@@ -76,11 +85,12 @@ static void print_row(Row *r, int context, int B, int rounds, double GBs, double
     double rate = median(r->rates, rounds), spread = r->rates[rounds - 1] / r->rates[0];
     double by_memory = r->bytes / GBs / 1e9, by_arithmetic = r->flops / GFLOPs / 1e9;
     double limit = B / fmax(by_memory, by_arithmetic);
-    char name[80];
-    snprintf(name, sizeof name, c->R ? "%s, R=%d" : "%s", r->name, c->R);
+    char name[80], rank[20] = "";
+    if (c->R) snprintf(rank, sizeof rank, ", R=%d", c->R);
+    snprintf(name, sizeof name, "%s%s%s", r->name, rank, r->precision == BF16 ? ", bf16" : "");
     printf("| %d | %d | %s | %ld | %.1f | %.1f | %.2f | %.2f | %.0f%% of %s | "
            "%d rounds, max/min %.2f |\n", context, B, name, floats,
-           floats * (double)context * B * sizeof(real) / 1e6, rate, 1000 * B / rate,
+           floats * (double)context * B * number_bytes(r) / 1e6, rate, 1000 * B / rate,
            rate / (mha ? mha : rate), 100 * rate / limit,
            by_memory > by_arithmetic ? "memory" : "arithmetic", rounds, spread);
     fflush(stdout);
@@ -98,7 +108,7 @@ static void run(Row *rows, int n, int L, int NH, int C, int context, int B, doub
         bandwidth[rounds] = read_bandwidth();
         peak[rounds] = multiply_add_peak();
         for (int r = 0; r < n; r++)
-            rows[r].rates[rounds] = decode_rate(rows[r].m, rows[r].mode, context, B);
+            rows[r].rates[rounds] = decode_rate(&rows[r], context, B);
     }
     double GBs = median(bandwidth, rounds), GFLOPs = median(peak, rounds), mha = 0;
     for (int r = 0; r < n; r++) {
@@ -126,6 +136,8 @@ int main(int argc, char **argv) {
         {"mla absorbed", MLA, DECOUPLED, -1, 64, CACHE_ABSORBED},
         {"gqla 4 full", MLA, DECOUPLED, 4, 64, CACHE_FULL},
         {"gqla 4 absorbed", MLA, DECOUPLED, 4, 64, CACHE_ABSORBED},
+        {"mha", MHA, ROPE, -1, -1, CACHE_FULL, BF16},
+        {"mla absorbed", MLA, DECOUPLED, -1, 341, CACHE_ABSORBED, BF16},
     };
     int n = sizeof rows / sizeof *rows, one = argc >= 3;
     int L = 8, NH = 16, C = 512;

@@ -171,6 +171,7 @@ static double report_attention(Work *w) {
 
 int main(int argc, char **argv) {
     parse_options(argc, argv);
+    if (precision == BF16) find_matrix_unit();
     Config *c = &opt.config;
     if (c->V == -1) c->V = 256;
     if (opt.batch_size == -1) opt.batch_size = 8;

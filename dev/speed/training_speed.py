@@ -3,6 +3,7 @@
 
     python3 dev/speed/training_speed.py                           the four workloads, both kinds of attention
     python3 dev/speed/training_speed.py --only 384 --compile      those with 384 in their name, torch.compile too
+    python3 dev/speed/training_speed.py --bf16                    with products of bfloat16
     python3 dev/speed/training_speed.py --peer llmc='./train_gpt2 {threads}'    anything that prints `12.3 ms` a step
 
 Programs take turns, round after round, so that a noisy machine is noisy to all; a cell is the
@@ -70,6 +71,8 @@ def main():
     p.add_argument("--seconds", type=float, default=8, help="of steps per program and round, about")
     p.add_argument("--only", default="", help="workloads whose name has this in it")
     p.add_argument("--compile", action="store_true", help="torch.compile too")
+    p.add_argument("--bf16", action="store_true",
+                   help="--precision bf16 beside float32, and PyTorch's autocast to bfloat16")
     p.add_argument("--no-torch", action="store_true", help="this program alone")
     p.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND", help="a program that prints ms per step")
     a = p.parse_args()
@@ -92,7 +95,11 @@ def main():
                 train = f"--load {model} --train-data {data} --batch-size {B} --seq-len {T} --steps {steps} --learning-rate 1e-4"
                 torch = f"{sys.executable} dev/pytorch/gpt2_mla.py train --threads {a.threads} {train}"
                 programs = {"this": f"./train_gpt2_mla {train} --sample-every 0 --log {log}"}
-                if not a.no_torch:
+                if a.bf16:
+                    programs["this, bf16"] = programs["this"] + " --precision bf16"
+                if a.bf16 and not a.no_torch:
+                    programs["PyTorch autocast bf16"] = torch + " --bf16"
+                elif not a.no_torch:
                     programs["PyTorch eager"] = torch
                 if a.compile:
                     programs["PyTorch compile"] = torch + " --compile"
@@ -103,7 +110,7 @@ def main():
                     for q, command in programs.items():
                         print(f"{name} {kind}: round {r + 1}/{a.rounds}, {q} ...", end="\r", file=sys.stderr)
                         output, memory[q] = run(command.replace("{threads}", str(a.threads)), a.threads)
-                        if q == "this":
+                        if q.startswith("this"):
                             rate = statistics.median(float(line.split(",")[5]) for line in log.read_text().splitlines()
                                                      if line[0].isdigit() and line[:2] != "1,")
                         elif q.startswith("PyTorch"):
