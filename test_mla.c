@@ -423,6 +423,33 @@ static void test_decoding(const char *what, Model *m, int n, int n_prompt) {
 // Gradients of the dumps, in float32, from products of bfloat16. A factor is off by 2^-9 at most. Some
 // forty products lie between a batch and a gradient, whose errors have any sign: sqrt(40) 2^-9 =
 // 0.012; where a sum's terms cancel each other (biases and norms add up all tokens) a few times that.
+//
+// Errors are kept by tensor (that of all layers together) for --bf16-errors, which prints them.
+static struct { char name[64]; double errors[256]; int n; } rounding[64];
+
+static void note_rounding(const char *name, double error) {
+    int i = 0;
+    if (!strncmp(name, "h.", 2)) name = strchr(name + 2, '.') + 1;
+    while (rounding[i].n && strcmp(rounding[i].name, name)) i++;
+    snprintf(rounding[i].name, sizeof rounding[i].name, "%s", name);
+    if (rounding[i].n < 256) rounding[i].errors[rounding[i].n++] = error;
+}
+
+static int by_size(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static void print_rounding(void) {
+    printf("| gradient of | tensors | relative error, median | largest |\n|---|--:|--:|--:|\n");
+    for (int i = 0; i < 64 && rounding[i].n; i++) {
+        int n = rounding[i].n;
+        qsort(rounding[i].errors, n, sizeof(double), by_size);
+        printf("| %s | %d | %.4f | %.4f |\n", rounding[i].name, n, rounding[i].errors[n / 2],
+               rounding[i].errors[n - 1]);
+    }
+}
+
 static void test_dump_rounded(const char *path) {
     Case c = case_open(path);
     Model *m = c.m;
@@ -437,8 +464,9 @@ static void test_dump_rounded(const char *path) {
             snprintf(name, sizeof name, "ref.grad.%s", t->name);
             if (!checkpoint_find(&c.file, t->name)) continue;
             checkpoint_read(&c.file, name, g_ref, t->rows, t->cols);
-            check_below(way_names[way], name, relative_error(m->grads + t->offset, g_ref, t->size),
-                        0x1p-4);
+            double error = relative_error(m->grads + t->offset, g_ref, t->size);
+            check_below(way_names[way], name, error, 0x1p-4);
+            if (way == 1) note_rounding(t->name, error);
         }
         clear_gradients(m);
     }
@@ -1366,6 +1394,8 @@ int main(int argc, char **argv) {
         {"threads", test_threads},
     };
     if (argc == 3 && !strcmp(argv[1], "--misuse")) return misuse(atoi(argv[2])), 0;
+    if (argc == 2 && !strcmp(argv[1], "--bf16-errors"))
+        return test_references(), print_rounding(), failed > 0;
     program = argv[0];
     if (access("dev/test/reference", R_OK)) fail(1, "dev/test/reference: not found; run the tests in the repository's top folder");
     if (sizeof(real) == sizeof(float)) {

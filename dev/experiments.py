@@ -13,6 +13,7 @@
     rank      loss against what a decoder keeps
     data      tinyshakespeare; novels in tokens of a BPE (dev/novels.py --vocab 10000)
     size      models of 6 and of 25 million parameters: a GPU's work (--device cuda, bfloat16)
+    precision products of bfloat16 (--precision bf16)
     convert   mha and gqa, trained, rewritten as mla and fine-tuned; mla from scratch beside them
 
 Data: data/novels_train.txt and data/novels_val.txt as dev/novels.py makes them (--data FOLDER for
@@ -128,6 +129,8 @@ EXPERIMENTS = {  # name: list of (row, options, seeds); the others rest on rates
     "rank": [(row, KINDS[row], FOUR) for row in ("mha rope", "gqa rope", "mqa rope",
                                                  "mla decoupled", "gqla decoupled")]
             + [(row, options, FOUR) for row, options in RANKS.items()],
+    "precision": [(f"{row}, bf16", KINDS[row] + " --precision bf16", FOUR[:3])
+                  for row in ("mla decoupled",)],
     "convert": [(row, options, [1, 2, 3] + [TUNING_SEED] * ("rank" not in row))
                 for row, options in FROM_SCRATCH.items()],
 }
