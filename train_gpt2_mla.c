@@ -194,6 +194,7 @@ enum { FP32, BF16 };  // what products take: floats, or floats rounded to bfloat
 static const char *const precision_names[] = {"fp32", "bf16", NULL};
 static int precision;
 static inline uint16_t to_bfloat16(real x);
+static inline real from_bfloat16(uint16_t x);
 static void find_matrix_unit(void);     // so that products use it, if there is one
 static void keep_twin(const Model *m);  // of the weights, as bfloat16, from which decoding reads
 
