@@ -2810,11 +2810,16 @@ static inline real fast_exp(real x) {
 #endif
 }
 
+// Sixteen running maxima, since compilers do not reorder a single one.
 static real largest(const real *x, int n) {
-    real max = x[0];
-    #pragma omp simd reduction(max:max)
-    for (int i = 0; i < n; i++) max = x[i] > max ? x[i] : max;
-    return max;
+    real max[16];
+    for (int i = 0; i < 16; i++) max[i] = x[0];
+    int i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) max[j] = x[i + j] > max[j] ? x[i + j] : max[j];
+    for (; i < n; i++) max[0] = x[i] > max[0] ? x[i] : max[0];
+    for (int j = 1; j < 16; j++) max[0] = max[j] > max[0] ? max[j] : max[0];
+    return max[0];
 }
 
 static real exp_row(real *x, int n, real scale, real max) {
@@ -3964,9 +3969,10 @@ static Outputs open_outputs(const Options *o, const Model *m, const char *settin
     if (o->save) hold_checkpoint("--save", o->save, o->resume);
     int own = o->resume && o->save_best && is_best_of(o->save_best, &out);
     if (o->save_best) hold_checkpoint("--save-best", o->save_best, own);
-    if (o->resume && val->n) restore_validation(&out, o->save);
+    if (o->resume) restore_validation(&out, o->save);
     if (o->save_best && !own) out.best = INFINITY, out.best_step = 0;
-    if (!log || (done == o->schedule.steps && out.validated == done)) return out;
+    int ended = done == o->schedule.steps && (!val->n || out.validated == done);
+    if (!log || ended) return out;
     if (o->resume) out.log = log_resume(log, m, done, &out);
     else {  // begun with the first row: until then what is there stays
         FILE *f = fopen(log, "ab");

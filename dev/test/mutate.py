@@ -862,8 +862,9 @@ MUTATIONS = [
     ("fast_exp", "x < -60.0f ? -60.0f : x", "x >= -60.0f ? x : -60.0f; x = x",
      "NaN becomes a number"),
     ("fast_exp", "return exp(x)", "return expf(x)", "float in the double build"),
-    ("largest", "i < n;", "i < n - 1;", "the last number is not looked at"),
-    ("largest", "x[i] > max ? x[i] : max", "x[i]", "the last number"),
+    ("largest", "for (; i < n; i++)", "for (; i < n - 1; i++)", "the last number is not looked at"),
+    ("largest", "for (int j = 1;", "for (int j = 2;", "one lane of sixteen is not looked at"),
+    ("largest", "x[i + j] > max[j] ? x[i + j] : max[j]", "x[i + j]", "the last sixteen only"),
     ("exp_row", "scale * (x[i] - max)", "scale * x[i] - max", "the maximum not scaled"),
     ("exp_row", "scale * (x[i] - max)", "scale * x[i]", "the maximum not subtracted"),
     ("exp_row", "sum += x[i]", "sum += scale * x[i]", "sum scaled"),
@@ -1120,6 +1121,7 @@ OVERRUNS = [
 
 # Changes that change no result, to show that the tests do not just always fail; `what` is why.
 HARMLESS = [
+    ("largest", "i + 16 <= n", "i + 16 < n", "the last loop takes what the first leaves"),
     ("learning_rate_at", "step < s->warmup", "step <= s->warmup",
      "where the warm-up ends both rules give the peak"),
     ("rope_table", "double angle = t *", "double angle = (t + 1) *",

@@ -108,6 +108,18 @@ holds "a validation that was cut short: the checkpoint is the same" cmp m whole
 run $tiny --steps 20 --val-data text --save m --resume >out
 holds "one that was made is not made again" lacks out '^val  20/20'
 
+# A run with --precision bf16, killed and resumed, ends in the same bits; not in another precision.
+bf16="$tiny --steps $((speed / 100 + 20)) --precision bf16 --save m"
+rm -f m; run $bf16 >out; mv m whole
+begin $bf16; kill $started; wait $started
+run ${bf16% --prec*} --save m --resume >out 2>err
+holds "bf16: not in float32" says err 'm: its run had precision bf16; this one has fp32 (--load'
+run $bf16 --resume >out
+holds "bf16: resumed, the same bits" cmp m whole
+run $tiny --steps $((speed / 100 + 20)) --save single >out
+holds "bf16: not the bits of float32" sh -c '! cmp -s m single'
+rm -f m single
+
 # --- A reader of standard output that ends, or is not there
 
 mkfifo pipe
