@@ -277,6 +277,27 @@ def convert_pairs_table():
                      "the same rank, by weights", "the same rank from scratch, layernorm"], lines)
 
 
+def bf16_speed_table():
+    """Tokens per second by precision, medians of rounds, and bf16's ratios to the others"""
+    rates, lines = {}, []
+    for entry in experiments.read_results("bf16_speed"):
+        key = (entry["work"], entry["attention"], entry["threads"])
+        own = rates.setdefault(key, {}).setdefault(entry["program"], [])
+        own.append(float(entry["tokens_per_second"]))
+    for (work, attention, threads), programs in rates.items():
+        median = {program: np.median(own) for program, own in programs.items()}
+        cells = [f"{median['this bf16']:.0f}"]
+        for other in ("this fp32", "PyTorch autocast bf16"):
+            own = programs.get(other)
+            cells.append(f"{median[other]:.0f}" if own else "")
+            pairs = [a / b for a, b in zip(programs["this bf16"], own)] if own else []
+            spread = f" ({min(pairs):.2f} to {max(pairs):.2f})" if len(pairs) > 1 else ""
+            cells.append(f"{median['this bf16'] / median[other]:.2f}{spread}" if own else "")
+        lines.append([f"{work}, {attention}", threads, *cells])
+    return markdown(["", "threads", "bf16", "float32", "bf16 over it", "PyTorch, bf16",
+                     "bf16 over it"], lines)
+
+
 def headline_table():
     """The rows of `quality` that README shows"""
     found, lines = losses("quality"), []
@@ -302,6 +323,7 @@ TABLES = {
     **{f"size {size}": lambda size=size: against_first_table("size", rows_of("size", has=size))
        for size in ("6M", "25M")},
     "data": data_table,
+    "bf16 speed": bf16_speed_table,
     "convert": convert_table,
     "convert pairs": convert_pairs_table,
     "programs": programs_table,
