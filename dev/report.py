@@ -280,7 +280,7 @@ def convert_pairs_table():
 def bf16_speed_table():
     """Tokens per second by precision, medians of rounds, and bf16's ratios to the others"""
     rates, lines = {}, []
-    for entry in experiments.read_results("bf16_speed"):
+    for entry in experiments.read_results("bf16_speed", ROOT / "dev" / "speed"):
         key = (entry["work"], entry["attention"], entry["threads"])
         own = rates.setdefault(key, {}).setdefault(entry["program"], [])
         own.append(float(entry["tokens_per_second"]))
