@@ -131,7 +131,7 @@ static void test_matmul_way(int way) {
             int kind = variant / 4;
             if (kind >= 3 && variant & 1) continue;
             // The largest shapes are slow, and meant for the products that share what is packed.
-            if (M * N * K > 1 << (way ? 23 : 26) && (kind >= 3 || variant % 4 != 1 || way)) continue;
+            if (M * N * K > 1 << (way ? 22 : 26) && (kind >= 3 || variant % 4 != 1 || way)) continue;
             for (int i = 0; i < M * c_row; i++) c[i] = once[i] = random_normal(4, i);
             const real *start = kind % 3 == 1 ? bias : kind % 3 == 2 ? c : NULL;
             long start_row = kind % 3 == 1 ? 0 : c_row;
@@ -576,10 +576,10 @@ static void test_long_decoding(void) {  // of every kind, from one chunk of keys
         for (int way = 1; way < WAYS; way++) {
             char what[140];
             if (!use_way(way)) continue;
-            m = model_of_kind(&kinds[k], 3, CHUNK + 30);
+            m = model_of_kind(&kinds[k], 3, CHUNK + 9);
             snprintf(what, sizeof what, "%s, %s", kind_name(&kinds[k]), way_names[way]);
             if (way == 1) keep_twin(m);  // else decoding rounds weights as it reads them
-            test_decoding(what, m, CHUNK + 30, CHUNK - 3);
+            test_decoding(what, m, CHUNK + 9, CHUNK - 3);
             free(twin.numbers), twin.numbers = NULL, twin.n = 0;
             model_free(m);
         }
