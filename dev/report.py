@@ -298,6 +298,18 @@ def bf16_speed_table():
                      "bf16 over it"], lines)
 
 
+def precision_table():
+    """The default run with products of bfloat16 beside float32, by seed"""
+    found, lines = {**losses("quality"), **losses("precision")}, []
+    for row, options, seeds in experiments.EXPERIMENTS["precision"]:
+        plain = row.removesuffix(", bf16")
+        single = {seed: found[plain][seed] for seed in seeds}
+        beside = compare.paired(found[row], single, 1)
+        lines.append([plain, str(len(beside["seeds"])), mean_sd(single.values()),
+                      mean_sd(found[row].values()), difference(beside)])
+    return markdown(["", "seeds", "float32 (sd)", "bf16 (sd)", "difference"], lines)
+
+
 def headline_table():
     """The rows of `quality` that README shows"""
     found, lines = losses("quality"), []
@@ -323,6 +335,7 @@ TABLES = {
     **{f"size {size}": lambda size=size: against_first_table("size", rows_of("size", has=size))
        for size in ("6M", "25M")},
     "data": data_table,
+    "precision": precision_table,
     "bf16 speed": bf16_speed_table,
     "convert": convert_table,
     "convert pairs": convert_pairs_table,
