@@ -55,17 +55,19 @@ sanitize:
 shakespeare:
 	python3 prepro_tinyshakespeare.py
 
-# Without a network: make finetune GPT2=FOLDER GPT2_DATA="--input TEXT --gpt2-files FOLDER"
+# Without a network: make finetune GPT2=FOLDER GPT2_DATA="--input TEXT --gpt2-files OTHER", where OTHER
+# has GPT-2's own vocab.bpe and encoder.json. KV_RANK: the latent's; TUNING: options of its training.
 GPT2      ?= openai-community/gpt2
 GPT2_DATA ?= --gpt2
-TUNING    ?= --steps 300 --learning-rate 5e-5 --batch-size 4 --seq-len 64
+KV_RANK   ?= 384
+TUNING    ?= --steps 300
 finetune: train_gpt2_mla
 	python3 prepro_tinyshakespeare.py $(GPT2_DATA) --out-dir data/gpt2
-	python3 dev/convert.py $(GPT2) data/gpt2/mla.safetensors --to mla --kv-rank 384 \
+	python3 dev/convert.py $(GPT2) data/gpt2/mla.safetensors --to mla --kv-rank $(KV_RANK) \
 	    --data data/gpt2/tinyshakespeare_train.bin
 	./train_gpt2_mla --load data/gpt2/mla.safetensors --train-data data/gpt2/tinyshakespeare_train.bin \
 	    --val-data data/gpt2/tinyshakespeare_val.bin --val-every 100 --val-batches 20 --sample-every 100 \
-	    $(TUNING) --save data/gpt2/tuned.safetensors
+	    --learning-rate 5e-5 --batch-size 4 --seq-len 64 $(TUNING) --save data/gpt2/tuned.safetensors
 	./train_gpt2_mla --load data/gpt2/tuned.safetensors --generate 200 --prompt "ROMEO:" \
 	    --tokenizer data/gpt2/tinyshakespeare_tokenizer.bin
 

@@ -328,7 +328,9 @@ def read_hf(folder):
         fail(f"{folder}: a folder without config.json, expected a Hugging Face model's")
     c = read_json(path)
     if c.get("model_type") != "gpt2":
-        fail(f"{path}: model_type is {c.get('model_type')!r}, expected 'gpt2'")
+        ours = c.get("model_type") == "train_gpt2_mla"
+        fail(f"{path}: model_type is {c.get('model_type')!r}, expected 'gpt2'"
+             + " (what export_hf.py wrote has no way back: take the checkpoint)" * ours)
     if c.get("quantization_config"):
         fail(f"{path}: the weights are quantized, expected float32, bfloat16 or float16")
     C = c.get("n_embd", 768)
@@ -654,8 +656,9 @@ def write_folder(model, path, config, dtype=torch.float32, transposed=(), files=
                 f"transformer.{name}": (shape[::-1] if name.endswith(transposed) else shape,
                                         functools.partial(tensor, name))
                 for name, shape in shapes_of(model.config).items()}, dtype)
-        if tokenizer:
-            hf_tokenizer.write(folder, *tokenizer)
+        if tokenizer and not hf_tokenizer.write(folder, *tokenizer):
+            model.notes.append("the tokenizer is left out: its tokens are not those of a BPE of "
+                               "bytes in the order of its merges")
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
 

@@ -5,7 +5,7 @@ What the C program would not cut as transformers do is not read.
 """
 
 from prepro_tinyshakespeare import END_OF_TEXT, one_line
-from whole_files import fail, read_json, write_json
+from whole_files import read_json, write_json
 
 
 def letters():
@@ -41,6 +41,8 @@ def merges_of(tokens, eot):
             if rank.get(parts[pair] + parts[pair + 1], i) >= i:
                 return None
             parts[pair:pair + 2] = [parts[pair] + parts[pair + 1]]
+        if any(part not in rank for part in parts):  # a character's bytes, if only it is a token
+            return None
         merges.append(tuple(parts))
     return merges
 
@@ -106,10 +108,10 @@ def read(folder, eos, V):
 
 
 def write(folder, tokens, eot):
-    """tokenizer.json and tokenizer_config.json; tokens that are no BPE are refused."""
+    """tokenizer.json and tokenizer_config.json -> whether tokens are a BPE's; else neither."""
     merges = merges_of(tokens, eot)
     if merges is None:
-        fail("the model's tokenizer: its tokens are not those of a BPE in the order of its merges")
+        return False
     ends = len(tokens[eot]) > 1  # of bytes none means end of text
     end = tokens[eot].decode(errors="replace")
     vocabulary = {}
@@ -135,3 +137,4 @@ def write(folder, tokens, eot):
         settings |= dict.fromkeys(("bos_token", "eos_token"), end)
     write_json(folder / "tokenizer.json", whole)
     write_json(folder / "tokenizer_config.json", settings)
+    return True

@@ -480,7 +480,10 @@ def read_tokens(path):
     """A token file (256 int32 of header, then uint16), or any other file as bytes -> tokens, are they bytes"""
     header = np.fromfile(path, "<i4", count=256)
     if len(header) < 3 or header[0] != 20240520:
-        return np.fromfile(path, np.uint8), True
+        tokens = np.fromfile(path, np.uint8)
+        if not tokens.all():
+            raise SystemExit(f"{path}: neither tokens (expected 20240520 at the start) nor text (it has zero bytes)")
+        return tokens, True
     if header[1] != 1:
         raise SystemExit(f"{path}: version {header[1]} of the token format, expected 1")
     return np.memmap(path, "<u2", mode="r", offset=1024, shape=(int(header[2]),)), False

@@ -37,6 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "dev"), str(ROOT / "dev/pytorch")]
 import convert  # noqa: E402
+import hf_tokenizer  # noqa: E402
 import prepro_tinyshakespeare as prepro  # noqa: E402
 from gpt2_mla import GPT  # noqa: E402
 
@@ -433,6 +434,7 @@ def check_tokenizer(folder, name, tokens, eot, encode):
 
 
 def test_tokenizers(folder, gpt2):
+    assert hf_tokenizer.merges_of([b"a", "\u00e9".encode()], 0) is None  # its bytes are no tokens
     tokens, eot, encode = prepro.bpe_tokenizer([(True, TEXT.read_bytes())], 400)
     check_tokenizer(folder, "bpe", tokens, eot, encode)
     check_tokenizer(folder, "byte", *prepro.byte_tokenizer())
