@@ -77,6 +77,7 @@ pass.
 #ifdef __AMX_BF16__  // chapter 13
 #include <immintrin.h>
 #include <sys/syscall.h>
+long syscall(long number, ...);  // unistd.h has it among extensions only
 #endif
 
 #if __FINITE_MATH_ONLY__
@@ -102,6 +103,25 @@ typedef double real;
 #else
 typedef float real;
 #endif
+
+// A bfloat16 is the upper half of a float: its exponent and 7 bits of its fraction ("Half the bits"
+// in section 14). With --precision bf16 every product rounds both its factors so; sums are floats.
+static inline uint16_t to_bfloat16(real x) {  // to the nearest; of two as near, to the even one
+    union { float f; uint32_t u; } v = {x};
+    uint32_t up = 0x7fff + (v.u >> 16 & 1);
+    return x == x ? (v.u + up) >> 16 : v.u >> 16 | 0x40;  // NaN stays NaN
+}
+
+static inline real from_bfloat16(uint16_t x) {
+    union { uint32_t u; float f; } v = {(uint32_t)x << 16};
+    return v.f;
+}
+
+static inline real rounded(real x) { return from_bfloat16(to_bfloat16(x)); }
+
+enum { FP32, BF16 };  // what products take: floats, or floats rounded to bfloat16
+static const char *const precision_names[] = {"fp32", "bf16", NULL};
+static int precision;
 
 // Says what is wrong, on one line, and ends the program. Status 1: a file, the machine, the
 // numbers, or a call that must not be; status 2: the command line.
@@ -173,6 +193,7 @@ typedef struct Evaluation Evaluation;
 
 // Chapter 12. Room for the activations of passes over up to B sequences of up to T tokens.
 static void model_reserve(Model *m, int B, int T, int training);
+static void keep_twin(const Model *m);  // its weights as bfloat16, from which decoding reads
 
 // Chapter 13. A matrix by its strides: element (i, j) is p[i*row + j*col], one of row and col
 // being 1. Swapping the two transposes. In decoding, b's numbers may be bfloat16: then bf16 has
@@ -189,14 +210,6 @@ static Mat mat_from(Mat a, long i, long j) {  // what lies right of and below el
     long at = i * a.row + j * a.col;
     return (Mat){a.p ? a.p + at : NULL, a.row, a.col, a.bf16 ? a.bf16 + at : NULL};
 }
-
-enum { FP32, BF16 };  // what products take: floats, or floats rounded to bfloat16
-static const char *const precision_names[] = {"fp32", "bf16", NULL};
-static int precision;
-static inline uint16_t to_bfloat16(real x);
-static inline real from_bfloat16(uint16_t x);
-static void find_matrix_unit(void);     // so that products use it, if there is one
-static void keep_twin(const Model *m);  // of the weights, as bfloat16, from which decoding reads
 
 // c (M, N) = start + a (M, K) b (K, N), where rows of c are c_row apart:
 //     for i < M: for j < N:
@@ -2138,6 +2151,22 @@ static Model *model_create(const Config *c, int training) {
     return m;
 }
 
+// The weights once more, as bfloat16, for generation with --precision bf16, which reads these.
+static struct { const real *of; size_t n; uint16_t *numbers; } twin;
+
+static void keep_twin(const Model *m) {
+    twin.of = m->params, twin.n = m->n_reals;
+    twin.numbers = allocate(twin.n * sizeof *twin.numbers, "parameters as bfloat16");
+    #pragma omp parallel for
+    for (size_t i = 0; i < twin.n; i++) twin.numbers[i] = to_bfloat16(m->params[i]);
+}
+
+static Mat with_twin(Mat b) {  // b, and its place in the twin, if it is of weights
+    size_t at = ((uintptr_t)b.p - (uintptr_t)twin.of) / sizeof(real);
+    if (at < twin.n) b.bf16 = twin.numbers + at;
+    return b;
+}
+
 static Room place_room(Arena *arena, int QK, int HS, int T) {
     size_t t = round_up(T, NR), deep = round_up(T, KR);
     Room r = {.row = t / 32 * 32 + 48};
@@ -2236,23 +2265,6 @@ static void model_free(Model *m) {
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 enum { KC = 256, NC = 1024 };  // depth of a thread's panels; columns of panels that all share
 
-// --- bfloat16: the upper half of a float, its exponent and 7 bits of fraction ("Half the bits" in
-// section 14). With --precision bf16 every product rounds both its factors so, as it packs them;
-// its sums are floats.
-
-static inline uint16_t to_bfloat16(real x) {  // to the nearest; of two as near, to the even one
-    union { float f; uint32_t u; } v = {x};
-    uint32_t up = 0x7fff + (v.u >> 16 & 1);
-    return x == x ? (v.u + up) >> 16 : v.u >> 16 | 0x40;  // NaN stays NaN
-}
-
-static inline real from_bfloat16(uint16_t x) {
-    union { uint32_t u; float f; } v = {(uint32_t)x << 16};
-    return v.f;
-}
-
-static inline real rounded(real x) { return from_bfloat16(to_bfloat16(x)); }
-
 // c (rows, vectors*VW) = start + a b. Number (i, k) of a is a[i*a_row + k*a_step], rows of b are
 // b_row apart. Always inlined, so that the constants of each caller unroll the loops and put acc
 // into registers. With one vector (few_by_columns), a is the large matrix and comes from memory:
@@ -2328,14 +2340,13 @@ _Alignas(64) static real shared[NC * KC];                        // panels that 
 
 // --- A matrix unit (AMX, in Intel's servers since 2023), where the processor has one
 //
-// It multiplies tiles, not vectors: registers of 16 rows of 64 bytes. One instruction adds to
-// 16 x 16 float sums the product of 16 rows of 32 bfloat16 each and 32 rows of 16, which is 8192
-// multiply-adds in 16 cycles; two vector units do 512 in that time. The factor on the right has its
-// numbers in PAIRS of two rows: line p of its tile is b(2p, j), b(2p+1, j) for 16 columns j; line i
-// on the left is a(i, 2p), a(i, 2p+1) for 16 p, a row as it lies. So what is packed here are pairs,
-// 32 bits each, into panels of 32 lines (rows of a, columns of b), zeros up to a whole 32 numbers:
-// pair p of line i of a panel stands at p/16*512 + i*16 + p%16 in a's, at p*32 + i in b's. This is
-// the one place of this file with a processor's own instructions.
+// It multiplies tiles: registers of 16 rows of 64 bytes. One instruction adds to 16 x 16 float sums
+// the product of 16 x 32 and 32 x 16 bfloat16 (subnormal ones count as zero): 8192 multiply-adds in
+// 16 cycles, where two vector units do 512. The factor on the right has its numbers in PAIRS of two
+// rows: line p of its tile is b(2p, j), b(2p+1, j) for 16 columns j; row i on the left is a(i, 2p),
+// a(i, 2p+1) for 16 p, as it lies. So both are packed as pairs, 32 bits each, in panels of 32
+// lines (rows of a, columns of b), zeros up to whole 32 numbers: pair p of line i of a panel is at
+// p/16*512 + i*16 + p%16 in a's, at p*32 + i in b's. No other code here is for one processor.
 
 static int matrix_unit;  // whether there is one, and the system lets this process use it
 enum { PAIRS_A, PAIRS_B };
@@ -2346,7 +2357,8 @@ static void pack_pairs(real *panels, const real *src, long line, long deep, int 
     long depth = round_up(K, 32), apart = which == PAIRS_A ? 16 : 32;
     for (int i = 0; i < n; i += 16)
         for (int k = 0; k < K; k += 32) {
-            uint32_t block[16][16], *dst = (uint32_t *)panels + i / 32 * 16 * depth;
+            union { uint32_t pairs[16][16]; uint16_t numbers[16][32]; } block;
+            uint32_t *dst = (uint32_t *)panels + i / 32 * 16 * depth;
             dst += which == PAIRS_A ? k * 16 + i % 32 * 16 : k * 16 + i % 32;
             const real *s = src + i * line + k * deep;
             long s_line = line, s_deep = deep;
@@ -2359,23 +2371,20 @@ static void pack_pairs(real *panels, const real *src, long line, long deep, int 
                         whole[x * s_line + y * s_deep] = s[x * line + y * deep];
                 s = whole;
             }
-            if (deep == 1)  // block[line][pair], else block[pair][line]
-                for (int x = 0; x < 16; x++) {
-                    uint16_t numbers[32];
-                    for (int y = 0; y < 32; y++) numbers[y] = to_bfloat16(s[x * s_line + y]);
-                    memcpy(block[x], numbers, sizeof numbers);
-                }
+            if (deep == 1)  // a line's pairs side by side; else a pair of 16 lines
+                for (int x = 0; x < 16; x++)
+                    for (int y = 0; y < 32; y++)
+                        block.numbers[x][y] = to_bfloat16(s[x * s_line + y]);
             else
-                for (int y = 0; y < 16; y++) {
-                    const real *even = s + 2 * y * s_deep, *odd = even + s_deep;
+                for (int y = 0; y < 16; y++)
                     for (int x = 0; x < 16; x++)
-                        block[y][x] = to_bfloat16(even[x]) | (uint32_t)to_bfloat16(odd[x]) << 16;
-                }
+                        block.pairs[y][x] = to_bfloat16(s[2 * y * s_deep + x]) |
+                            (uint32_t)to_bfloat16(s[(2 * y + 1) * s_deep + x]) << 16;
             if ((deep == 1) == (which == PAIRS_A))
-                for (int r = 0; r < 16; r++) memcpy(dst + r * apart, block[r], sizeof *block);
+                for (int r = 0; r < 16; r++) memcpy(dst + r * apart, block.pairs[r], 64);
             else
                 for (int r = 0; r < 16; r++)
-                    for (int x = 0; x < 16; x++) dst[r * apart + x] = block[x][r];
+                    for (int x = 0; x < 16; x++) dst[r * apart + x] = block.pairs[x][r];
         }
 }
 
@@ -2384,47 +2393,35 @@ static void pack_pairs(real *panels, const real *src, long line, long deep, int 
 // at work at a time, loads (8 cycles a tile) stay behind products.
 static void multiply_pairs(const uint32_t *a, const uint32_t *b, long depth, real *c, long c_row,
                            const real *start, long start_row) {
+    // palette 1, start row 0, bytes of a row, rows: of tiles 0 to 7
+    static const struct { uint8_t palette, row, none[14]; uint16_t bytes[16]; uint8_t rows[16]; }
+        shape = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
     static _Thread_local int configured;
-    if (!configured) {  // palette 1, start row 0, bytes of a row, rows: of tiles 0 to 7
-        struct { uint8_t palette, row, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {
-            1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-        _tile_loadconfig(&shape);
-        configured = 1;
-    }
+    if (!configured) _tile_loadconfig(&shape), configured = 1;
+    __asm__ volatile("" ::: "memory");  // gcc does not know that tiles are loaded from memory
     long from = start_row * sizeof(real), to = c_row * sizeof(real);
     if (start) {
-        const real *below = start + 16 * start_row;
-        _tile_loadd(0, start, from);
-        _tile_loadd(1, start + 16, from);
-        _tile_loadd(2, below, from);
-        _tile_loadd(3, below + 16, from);
+        _tile_loadd(0, start, from); _tile_loadd(1, start + 16, from);
+        start += 16 * start_row;
+        _tile_loadd(2, start, from); _tile_loadd(3, start + 16, from);
     } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     }
     for (long k = 0; k < depth; k += 32, a += 512, b += 512) {
         _tile_loadd(4, a, 64);
-        _tile_loadd(6, b, 128);
-        _tile_loadd(7, b + 16, 128);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(6, b, 128); _tile_loadd(7, b + 16, 128);
+        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
         _tile_loadd(5, a + 256, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, c, to);
-    _tile_stored(1, c + 16, to);
-    _tile_stored(2, c + 16 * c_row, to);
-    _tile_stored(3, c + 16 * c_row + 16, to);
+    _tile_stored(0, c, to); _tile_stored(1, c + 16, to);
+    _tile_stored(2, c + 16 * c_row, to); _tile_stored(3, c + 16 * c_row + 16, to);
 }
 
 // Linux keeps tiles back (8 KB to save at every switch) from processes that have not asked.
-long syscall(long number, ...);  // unistd.h has it among extensions only
 static void find_matrix_unit(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-    matrix_unit = !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
+    matrix_unit = NR == 32 && !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
 }
 #else
 // The same without such a unit: tests have it where there is none.
@@ -2435,7 +2432,7 @@ static void multiply_pairs(const uint32_t *a, const uint32_t *b, long depth, rea
             real sum = start ? start[i * start_row + j] : 0;
             for (int p = 0; p < depth / 2; p++) {
                 uint32_t x = a[p / 16 * 512 + i * 16 + p % 16], y = b[p * 32 + j];
-                sum += from_bfloat16(x & 0xffff) * from_bfloat16(y & 0xffff);
+                sum += from_bfloat16(x) * from_bfloat16(y);  // their lower halves
                 sum += from_bfloat16(x >> 16) * from_bfloat16(y >> 16);
             }
             c[i * c_row + j] = sum;
@@ -2492,22 +2489,20 @@ static void multiply_pair_tiles(real *c, long c_row, const real *a, const real *
             const real *s = start ? start + i * start_row + j : NULL;
             int rows = min_int(32, M - i), cols = min_int(32, N - j);
             real edge[32 * 32], *pc = c + i * c_row + j;
-            if (rows == 32 && cols == 32) {
-                multiply_pairs(pa, pb, depth, pc, c_row, s, start_row);
-                continue;
+            size_t width = cols * sizeof(real);
+            if (rows == 32 && cols == 32) multiply_pairs(pa, pb, depth, pc, c_row, s, start_row);
+            else {
+                for (int r = 0; s && r < rows; r++) memcpy(edge + r * 32, s + r * start_row, width);
+                multiply_pairs(pa, pb, depth, edge, 32, s ? edge : NULL, 32);
+                for (int r = 0; r < rows; r++) memcpy(pc + r * c_row, edge + r * 32, width);
             }
-            for (int r = 0; s && r < rows; r++)
-                memcpy(edge + r * 32, s + r * start_row, cols * sizeof(real));
-            multiply_pairs(pa, pb, depth, edge, 32, s ? edge : NULL, 32);
-            for (int r = 0; r < rows; r++)
-                memcpy(pc + r * c_row, edge + r * 32, cols * sizeof(real));
         }
 }
 
-// Adds terms k .. k+kc-1 for M rows of c, from row i of a on: b's are in panels. The first terms
-// start from `start`, later ones from what c has by then. If a must be packed, M is at most MC.
 static int must_pack(Mat a) { return a.col != 1 || precision == BF16; }
 
+// Adds terms k .. k+kc-1 for M rows of c, from row i of a on: b's are in panels. The first terms
+// start from `start`, later ones from what c has by then. If a must be packed, M is at most MC.
 static void multiply_rows(real *c, long c_row, Mat a, int i, int k, const real *panels, long panel,
                           int M, int N, int kc, const real *start, long start_row) {
     Mat rows = mat_from(a, i, k);
@@ -2546,20 +2541,12 @@ static void multiply_panels(real *c, long c_row, Mat a, const real *panels, long
 
 enum { FEW = 16 };  // rows that are few, a multiple of VW
 
-// A number at p as bfloat16, to be rounded, or as it is.
-enum { HALF, TO_ROUND, AS_IS };
-static inline real number(const void *p, long i, const int kind) {
-    if (kind == HALF) return from_bfloat16(((const uint16_t *)p)[i]);
-    return kind == TO_ROUND ? rounded(((const real *)p)[i]) : ((const real *)p)[i];
-}
-
-// Rounded numbers, or bfloat16, of a matrix whose rows are contiguous: dst (rows, n).
+// Rows of a, which are contiguous, as floats: rounded, or bfloat16 already. dst (rows, n)
 static void as_floats(real *dst, long dst_row, Mat a, int rows, int n) {
     for (int i = 0; i < rows; i++, dst += dst_row) {
-        const uint16_t *half = a.bf16 + i * a.row;
-        const real *p = a.p + i * a.row;
-        if (a.bf16) for (int j = 0; j < n; j++) dst[j] = number(half, j, HALF);
-        else for (int j = 0; j < n; j++) dst[j] = number(p, j, TO_ROUND);
+        Mat row = mat_from(a, i, 0);
+        for (int j = 0; j < n; j++)
+            dst[j] = a.bf16 ? from_bfloat16(row.bf16[j]) : rounded(row.p[j]);
     }
 }
 
@@ -2569,18 +2556,17 @@ static void few_by_columns(real *c, long c_row, const real *x, Mat b, int M, int
                            const real *start, long start_row) {
     for (int n = 0, cols; n < N; n += cols) {
         cols = N - n >= MR ? MR : N - n >= 4 ? 4 : 1;
-        const real *pb = b.p + n * b.col;
-        long pb_row = b.col;
+        Mat bn = mat_from(b, 0, n);
         if (precision == BF16) {
-            as_floats(own_b, K, (Mat){pb, b.col, 1, b.bf16 ? b.bf16 + n * b.col : NULL}, cols, K);
-            pb = own_b, pb_row = K;
+            as_floats(own_b, K, (Mat){bn.p, b.col, 1, bn.bf16}, cols, K);
+            bn = transposed(own_b, K);
         }
         for (int m = 0; m < M; m += VW) {
             real t[MR * VW];  // (cols, VW)
             const real *px = x + (long)m * K;
-            if (cols == MR) tile(MR, 1, K, pb, pb_row, 1, px, VW, t, VW, NULL, 0);
-            else if (cols == 4) tile(4, 1, K, pb, pb_row, 1, px, VW, t, VW, NULL, 0);
-            else tile(1, 1, K, pb, pb_row, 1, px, VW, t, VW, NULL, 0);
+            if (cols == MR) tile(MR, 1, K, bn.p, bn.col, 1, px, VW, t, VW, NULL, 0);
+            else if (cols == 4) tile(4, 1, K, bn.p, bn.col, 1, px, VW, t, VW, NULL, 0);
+            else tile(1, 1, K, bn.p, bn.col, 1, px, VW, t, VW, NULL, 0);
             for (int i = m; i < min_int(m + VW, M); i++)
                 for (int j = 0; j < cols; j++)
                     c[i * c_row + n + j] = (start ? start[i * start_row + n + j] : 0)
@@ -2590,26 +2576,30 @@ static void few_by_columns(real *c, long c_row, const real *x, Mat b, int M, int
 }
 
 // The same for one row, x: dot products, eight at a time. They stand N/8 columns apart, so that
-// memory delivers eight streams without gaps. Inlined, so that the kind of b's numbers is constant.
+// memory delivers eight streams without gaps. Inlined, so that it is known whether b is bfloat16.
+static inline real number(const void *p, long i, const int is_bf16) {
+    return is_bf16 ? from_bfloat16(((const uint16_t *)p)[i]) : ((const real *)p)[i];
+}
+
 __attribute__((always_inline))
 static inline void few_dots(real *c, const real *x, Mat b, int N, int K, const real *start,
-                            const int kind) {
+                            const int is_bf16) {
     int apart = (N + 7) / 8;
     for (int j = 0; j < apart; j++) {
         const void *y[8];  // some are computed twice at the end
         for (int n = 0; n < 8; n++) {
-            long at = min_int(j + n * apart, N - 1) * b.col;
-            y[n] = kind == HALF ? (const void *)(b.bf16 + at) : b.p + at;
+            Mat bn = mat_from(b, 0, min_int(j + n * apart, N - 1));
+            y[n] = is_bf16 ? (const void *)bn.bf16 : bn.p;
         }
         const void *b0 = y[0], *b1 = y[1], *b2 = y[2], *b3 = y[3];
         const void *b4 = y[4], *b5 = y[5], *b6 = y[6], *b7 = y[7];
         real s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
         #pragma omp simd reduction(+:s0, s1, s2, s3, s4, s5, s6, s7)
         for (int k = 0; k < K; k++) {
-            s0 += x[k] * number(b0, k, kind), s1 += x[k] * number(b1, k, kind);
-            s2 += x[k] * number(b2, k, kind), s3 += x[k] * number(b3, k, kind);
-            s4 += x[k] * number(b4, k, kind), s5 += x[k] * number(b5, k, kind);
-            s6 += x[k] * number(b6, k, kind), s7 += x[k] * number(b7, k, kind);
+            s0 += x[k] * number(b0, k, is_bf16), s1 += x[k] * number(b1, k, is_bf16);
+            s2 += x[k] * number(b2, k, is_bf16), s3 += x[k] * number(b3, k, is_bf16);
+            s4 += x[k] * number(b4, k, is_bf16), s5 += x[k] * number(b5, k, is_bf16);
+            s6 += x[k] * number(b6, k, is_bf16), s7 += x[k] * number(b7, k, is_bf16);
         }
         real sum[8] = {s0, s1, s2, s3, s4, s5, s6, s7};
         for (int n = 0, at = j; n < 8 && at < N; n++, at += apart)
@@ -2617,8 +2607,7 @@ static inline void few_dots(real *c, const real *x, Mat b, int N, int K, const r
     }
 }
 
-// With rounding, FEW rows by one thread: b's rows, or panels, are widened into panels of their own,
-// 128 columns at a time.
+// With rounding, FEW rows: b's rows, or panels, become panels of floats, 128 columns at a time.
 static void few_rounded(real *c, long c_row, Mat a, Mat b, long panel, int M, int N, int K,
                         const real *start, long start_row) {
     as_floats(own_a, K, a, M, K);
@@ -2632,30 +2621,14 @@ static void few_rounded(real *c, long c_row, Mat a, Mat b, long panel, int M, in
     }
 }
 
-// The weights once more, as bfloat16, if decoding reads these.
-static struct { const real *of; size_t n; uint16_t *numbers; } twin;
-
-static void keep_twin(const Model *m) {
-    twin.of = m->params, twin.n = m->n_reals;
-    twin.numbers = allocate(twin.n * sizeof *twin.numbers, "parameters as bfloat16");
-    #pragma omp parallel for
-    for (size_t i = 0; i < twin.n; i++) twin.numbers[i] = to_bfloat16(m->params[i]);
-}
-
-static Mat with_twin(Mat b) {
-    size_t at = ((uintptr_t)b.p - (uintptr_t)twin.of) / sizeof(real);
-    if (at < twin.n) b.bf16 = twin.numbers + at;
-    return b;
-}
-
 // b's rows NR apart are read as panels: a plain matrix of such rows has at most NR columns and is
 // a single panel, which is the same.
 static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K,
                        const real *start, long start_row) {
     long panel = b.row == NR ? (long)K * NR : NR;
-    int rounds = precision == BF16, most = MC * KC / FEW;  // terms at a time
-    if (M == 1 && b.col != 1) most = rounds ? MC * KC : K;
     b = with_twin(b);
+    int rounds = precision == BF16, dots = M == 1 && b.col != 1 && rounds == (b.bf16 != NULL);
+    int most = !dots ? MC * KC / FEW : rounds ? MC * KC : K;  // terms at a time
     if (b.col == 1 && !rounds) {
         multiply_tiles(c, c_row, a, MR * a.row, b.p, b.row, panel, M, N, K, start, start_row);
         return;
@@ -2668,15 +2641,13 @@ static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K,
             long from_row = k ? c_row : start_row;
             Mat am = mat_from(a, m, k), bk = mat_from(b, k, 0);
             if (b.col == 1) few_rounded(cm, c_row, am, bk, panel, rows, N, kc, from, from_row);
-            else if (M > 1) {
+            else if (!dots) {
                 pack(own_a, am.p, a.row, 1, rows, kc, VW);
                 few_by_columns(cm, c_row, own_a, bk, rows, N, kc, from, from_row);
-            } else if (!rounds) few_dots(cm, am.p, bk, N, kc, from, AS_IS);
-            else {
+            } else if (rounds) {
                 as_floats(own_a, kc, am, 1, kc);
-                if (b.bf16) few_dots(cm, own_a, bk, N, kc, from, HALF);
-                else few_dots(cm, own_a, bk, N, kc, from, TO_ROUND);
-            }
+                few_dots(cm, own_a, bk, N, kc, from, 1);
+            } else few_dots(cm, am.p, bk, N, kc, from, 0);
         }
 }
 
