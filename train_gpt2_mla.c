@@ -580,13 +580,13 @@ static void linear_forward(real *y, const real *x, const real *w, const real *b,
     matmul(y, O, rows_of(x, I), transposed(w, I), N, O, I, b, 0);
 }
 
-// y was x W' + b, so dx = dy W; with `add`, dx += dy W
+// y was x W' + b, so dx = dy W (8); with `add`, dx += dy W
 static void linear_backward_input(real *dx, const real *dy, const real *w,
                                   int N, int I, int O, int add) {
     matmul(dx, I, rows_of(dy, O), rows_of(w, I), N, I, O, add ? dx : NULL, I);
 }
 
-// and dW += dy' x, db += sum of dy over tokens
+// and dW += dy' x, db += sum of dy over tokens (8)
 static void linear_backward_weight(const Model *m, real *dw, real *db, const real *dy,
                                    const real *x, int N, int I, int O) {
     matmul(dw, I, transposed(dy, O), rows_of(x, I), O, I, N, dw, I);
@@ -625,7 +625,7 @@ static void norm_statistics(const real *x, int n, int kind, real *mean, real *rs
     *rstd = 1 / (real)sqrt(square / n + (kind == LAYERNORM ? (real)1e-5 : (real)1e-6));
 }
 
-// y (N, n) from x (N, n) whose rows are x_row apart; w, b (n).
+// y (N, n) from x (N, n) whose rows are x_row apart, by (2) or (4); w, b (n).
 static void norm_forward(real *y, const real *x, long x_row, const real *w, const real *b, int N,
                          int n, int kind) {
     #pragma omp parallel for if (N > 1)
@@ -1209,17 +1209,17 @@ static void forward(Model *m, const int *tokens, int B, int T, int training) {
     }
 }
 
-// --- Head and loss: logits = LN(x_final) wte', loss = -log softmax(logits)[target] (9),
-//     d_logits = (softmax(logits) - onehot(target)) d_loss (10)
+// --- Head and loss: logits = LN(x_final) wte'
 
 // logits (rows, V) from `rows` normed rows x (rows, C)
 static void head_forward(Model *m, real *logits, const real *x, int rows) {
     linear_forward(logits, x, m->w[0][WTE], NULL, rows, m->c.C, m->c.V);
 }
 
-// The sum of the losses of N tokens. With d_loss != 0, the gradient of d_loss times that sum is
-// added to wte and ln_f, and d.x is set. Logits exist for head_rows tokens at a time: their
-// gradient is taken where they stand, and all of them, (N, V), are never in memory.
+// The sum of the losses of N tokens, -log softmax(logits)[target] each (9). With d_loss != 0, the
+// gradient of d_loss times that sum is added to wte and ln_f, and d.x is set. Logits exist for
+// head_rows tokens at a time: their gradient, (softmax(logits) - onehot(target)) d_loss (10), is
+// taken where they stand, and all of them, (N, V), are never in memory.
 static double head_loss(Model *m, const int *targets, int N, double d_loss) {
     real **w = m->w[0], **g = m->g[0];
     int C = m->c.C, V = m->c.V;
