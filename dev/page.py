@@ -186,19 +186,21 @@ def check(code, texts):
 # --- The text
 
 def pieces(latex):
-    """An equation cut where it has wide spaces, outside of all brackets, so that it can wrap."""
-    depth, start, i, found = 0, 0, 0, []
-    while i < len(latex):
-        m = re.compile(r"\\left\b|\\right\b|\\q?quad\b|\\.|[{}]").match(latex, i)
-        i = m.end() if m else i + 1
-        if m and m[0] in ("{", "\\left"):
+    """An equation cut, outside of all brackets, at wide spaces and before each = of a chain, so
+    that it can wrap: a list of chains."""
+    depth, start, chains = 0, 0, [[]]
+    for m in re.finditer(r"\\left\b|\\right\b|\\q?quad\b|\\.|[{}()\[\]=]", latex):
+        if m[0] in ("{", "\\left", "(", "["):
             depth += 1
-        elif m and m[0] in ("}", "\\right"):
+        elif m[0] in ("}", "\\right", ")", "]"):
             depth -= 1
-        elif m and m[0] in ("\\quad", "\\qquad") and not depth:
-            found.append(latex[start:m.start()])
-            start = i
-    return [p.strip() for p in found + [latex[start:]] if p.strip()]
+        elif depth == 0 and (m[0].endswith("quad") or m[0] == "=" and "=" in latex[start:m.start()]):
+            chains[-1].append(latex[start:m.start()])
+            start = m.start() if m[0] == "=" else m.end()
+            if m[0] != "=":
+                chains.append([])
+    chains[-1].append(latex[start:])
+    return [[piece.strip() for piece in chain] for chain in chains]
 
 
 def mathml(latex, display="inline"):
@@ -238,7 +240,8 @@ class Text:
         latex = " ".join(match[1].split())
         tag = re.search(r"\\tag\{([^}]+)\}", latex)
         parts = pieces(latex.replace(tag[0], "") if tag else latex)
-        said = '<div class="parts">%s</div>' % "".join(mathml(p, "block") for p in parts)
+        said = '<div class="parts">%s</div>' % "".join(
+            "<span>%s</span>" % "".join(mathml(p, "block") for p in chain) for chain in parts)
         if not tag:
             return f'<div class="eq">{said}</div>'
         n, rows = tag[1], ""
@@ -285,11 +288,12 @@ class Text:
         body = re.sub(r"<th([^>]*)></th>", r"<td\1></td>", body)
         body = re.sub(r"<table>.*?</table>", r'<div class="scrolls">\g<0></div>', body, flags=re.S)
         body = re.sub(r'href="(writeup|modify)\.md"', r'href="#\1"', body)
-        body = re.sub(r'<p>\s*(<img[^>]*>)\s*</p>', self.figure, body)
+        body = re.sub(r"<p>\s*(<img[^>]*>)\s*</p>(?:\s*<p><em>((?:(?!</p>).)*)</em></p>)?",
+                      self.figure, body, flags=re.S)
         return self.sections(body, name, down)
 
     def figure(self, match):
-        """A figure, put into the page."""
+        """A figure, put into the page, and its caption, a paragraph in italics below it."""
         source, alt = (re.search(rf'{key}="([^"]*)"', match[1])[1] for key in ("src", "alt"))
         path = ROOT / "doc" / source
         if not path.is_file():
@@ -297,8 +301,9 @@ class Text:
         svg = path.read_text()
         svg = re.sub(r"<metadata>.*?</metadata>|<\?xml.*?\?>|<!DOCTYPE.*?>", "", svg, flags=re.S)
         data = urllib.parse.quote(re.sub(r"\s+", " ", svg), safe=" =:/'(),;.#<>{}".replace("#", ""))
-        return (f'<figure><!--{os.path.basename(source)}-->'
-                f'<img src="data:image/svg+xml,{data}" alt="{" ".join(alt.split())}"></figure>')
+        caption = f"<figcaption>{match[2]}</figcaption>" if match[2] else ""
+        return (f'<figure><!--{os.path.basename(source)}--><img src="data:image/svg+xml,{data}" '
+                f'alt="{" ".join(alt.split())}">{caption}</figure>')
 
     def sections(self, body, name, down):
         """Ids for headings, a section for each of the second level, and links to functions."""
@@ -423,13 +428,14 @@ def following(code, texts, text):
         for n in sections:
             if chapter:
                 pairs[f"section-{n}"] = banner[chapter]
-    section = None
+    order, section = [], None
     for m in re.finditer(r"^## (\d+) |\\tag\{([^}]+)\}", texts.writeup, re.M):
+        order.append(f"section-{m[1]}" if m[1] else f"eq-{m[2]}")
         if m[1]:
-            section = f"section-{m[1]}"
-        elif section and f"eq-{m[2]}" in pairs:
-            pairs.setdefault(section, pairs[f"eq-{m[2]}"])
-    return list(pairs.items())
+            section = order[-1]
+        elif section and order[-1] in pairs:  # a section begins where its first equation is
+            pairs.setdefault(section, pairs[order[-1]])
+    return [(anchor, pairs[anchor]) for anchor in order if anchor in pairs]
 
 
 def symbols(texts):
