@@ -30,7 +30,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = "doc/page/index.html"
 NUMBER = r"\d{1,2}[a-f]?"
 CITED = re.compile(r"(?<![\w)\]])\((%s(?:(?:, or | or |, | and | to )%s)*)\)" % (NUMBER, NUMBER))
+FORMULA = r"(?<![\\$\w])\$(?!\s)([^$]+?)(?<!\s)\$(?!\w)"
 IN_TEXT = re.compile(r"(?<![\w\]])\((%s|[qM]\d)\)" % NUMBER)
+CLASS_BEYOND = 'class="beyond"'
+BLOCK = 50  # lines of code that are laid out together
 # Where the living figures stand: behind an equation, or behind a figure of the text.
 PLACES = {"cache": 'id="eq-24"', "absorption": "absorbed.svg", "results": "rank_loss.svg"}
 
@@ -163,8 +166,8 @@ def check(code, texts):
     wrong += [f"train_gpt2_mla.c:{i}: cites ({n}), which no equation of the writeup has"
               for i, n in cited if n not in texts.numbers]
     for name, text in (("writeup.md", texts.writeup), ("modify.md", texts.modify)):
-        prose = re.sub(r"\$\$.*?\$\$|^ {4}.*$|`[^`]*`|\$[^$]*\$", lambda m: re.sub(r"[^\n]", " ", m[0]), text,
-                       flags=re.S | re.M)
+        prose = re.sub(r"\$\$.*?\$\$|^ {4}[^\n]*$|`[^`]*`|" + FORMULA,
+                       lambda m: re.sub(r"[^\n]", " ", m[0]), text, flags=re.S | re.M)
         wrong += [f"doc/{name}:{prose.count(chr(10), 0, m.start()) + 1}: cites ({m[1]}), "
                   "which no equation has"
                   for m in IN_TEXT.finditer(prose) if m[1] not in texts.numbers + texts.others]
@@ -209,7 +212,9 @@ def mathml(latex, display="inline"):
     try:
         math = convert(latex, display=display)
     except Exception as error:
-        raise Forms(f"formula not understood: {latex!r}: {error!r}") from error
+        raise Forms(f"formula not understood: {latex}: {error!r}") from error
+    if "\\" in math:
+        raise Forms(f"formula not understood: {latex}")
     return math.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
 
 
@@ -279,8 +284,7 @@ class Text:
         source = re.sub(r"^((?!- |\d+\. |[ |]).+)\n(?=- )", r"\1\n\n", source, flags=re.M)
         md = markdown.Markdown(extensions=["tables", "sane_lists"])
         md.preprocessors.register(Displays(md), "displays", 25)
-        md.inlinePatterns.register(Formula(r"(?<![\\$\w])\$(?!\s)([^$]+?)(?<!\s)\$(?!\w)", md),
-                                   "formula", 185)
+        md.inlinePatterns.register(Formula(FORMULA, md), "formula", 185)
         md.inlinePatterns.register(Citation(IN_TEXT.pattern, md), "citation", 100)
         body = md.convert(source)
         body = re.sub(r"<(/?)h(\d)>", lambda m: f"<{m[1]}h{int(m[2]) + down}>", body)
@@ -342,7 +346,7 @@ class Text:
             found = self.mentions.setdefault(name, [])
             found.append((f"m-{name}-{len(found) + 1}", title))
             return f'<a id="{found[-1][0]}" href="#f-{name}"><code>{name}</code></a>'
-        return re.sub(r"(?<!<pre>)<code>(\w+)(?:\(\))?</code>", link, body)
+        return re.sub(r'(?<!<pre>)(?<!">)<code>(\w+)(?:\(\))?</code>', link, body)
 
 
 # --- The code
@@ -402,16 +406,16 @@ def code_html(code, texts, mentions):
                                                  + [len(code.lines) + 1]):
         name = f"Chapter {number}: {title.capitalize()}" if number else title.capitalize()
         anchor = f"chapter-{number}" if number else "code-head"
-        body = "".join(f'<span class="l" id="L{i}">{lines[i - 1]}\n</span>'
-                       for i in range(first, end))
-        out.append(f'<section id="{anchor}"{"" if keep else chr(32) + CLASS_BEYOND} '
-                   f'aria-label="{html.escape(name)}" style="--first:{first - 1};'
-                   f'--n:{end - first}"><h3 class="unseen">{html.escape(name)}</h3>'
+        body = ""
+        for i in range(first, end, BLOCK):  # a browser draws those that are near
+            rows = range(i, min(i + BLOCK, end))
+            body += f'<span class="block" style="--n:{len(rows)}">%s</span>' % "".join(
+                f'<span class="l" id="L{k}" data-n="{k}">{lines[k - 1]}\n</span>' for k in rows)
+        out.append(f'<section id="{anchor}"{"" if keep else " " + CLASS_BEYOND} '
+                   f'data-name="{html.escape(name)}">'
+                   f'<h2 class="unseen">{html.escape(name)}</h2>'
                    f"<pre><code>{body}</code></pre></section>")
     return "".join(out)
-
-
-CLASS_BEYOND = 'class="beyond"'
 
 
 # --- The whole
@@ -447,18 +451,21 @@ def symbols(texts):
 
     def plain(latex):
         latex = re.sub(r"\\tilde (\w)", r"\1~", latex.strip("$ "))
-        return re.sub(r"\\mathrm|[\\{}_` ]|,g$", "", latex)
+        return re.sub(r"\\mathrm|[\\{}_` ]|,g\b", "", latex)
+
+    def said(words):
+        words = re.sub(FORMULA, lambda m: re.sub(r"\\mathrm|[{}]|,g\b", "", m[1]), words)
+        return words.replace("`", "")
     for row in rows:
         if len(row) == 4:
             for name, meaning in (row[:2], row[2:]):
                 if re.match(r"\w", name):
-                    found[plain(name.split(" = ")[0])] = (
-                        f"{name}: {meaning}".replace("`", ""))
+                    found[plain(name.split(" = ")[0])] = said(f"{name}: {meaning}")
         elif len(row) == 3 and row[0].startswith("$"):
             names, shapes = row[0].split(", "), re.split(r", (?![^(]*\))", row[1])
             for k, name in enumerate(names):
                 shape = shapes[k] if len(shapes) == len(names) else row[1]
-                found[plain(name)] = f"{shape}: {row[2]}".replace("`", "").replace("$", "")
+                found[plain(name)] = said(f"{shape}: {row[2]}")
     return need(found, "doc/writeup.md, section Notation", "tables of symbols")
 
 

@@ -233,7 +233,7 @@ function makeIndex() {
   }
   for (const section of $$("section", panes.code))
     for (const element of $$(".l", section))
-      index.push({ element, where: `line ${element.id.slice(1)}, ${section.ariaLabel}`,
+      index.push({ element, where: `line ${element.id.slice(1)}, ${section.dataset.name}`,
         href: "#" + element.id, text: element.textContent.trim(), code: true });
   for (const entry of index) entry.lower = entry.text.toLowerCase();
 }
