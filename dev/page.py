@@ -33,7 +33,6 @@ CITED = re.compile(r"(?<![\w)\]])\((%s(?:(?:, or | or |, | and | to )%s)*)\)" % 
 FORMULA = r"(?<![\\$\w])\$(?!\s)([^$]+?)(?<!\s)\$(?!\w)"
 IN_TEXT = re.compile(r"(?<![\w\]])\((%s|[qM]\d)\)" % NUMBER)
 CLASS_BEYOND = 'class="beyond"'
-BLOCK = 50  # lines of code that are laid out together
 # Where the living figures stand: behind an equation, or behind a figure of the text.
 PLACES = {"cache": 'id="eq-24"', "absorption": "absorbed.svg", "results": "rank_loss.svg"}
 
@@ -406,13 +405,10 @@ def code_html(code, texts, mentions):
                                                  + [len(code.lines) + 1]):
         name = f"Chapter {number}: {title.capitalize()}" if number else title.capitalize()
         anchor = f"chapter-{number}" if number else "code-head"
-        body = ""
-        for i in range(first, end, BLOCK):  # a browser draws those that are near
-            rows = range(i, min(i + BLOCK, end))
-            body += f'<span class="block" style="--n:{len(rows)}">%s</span>' % "".join(
-                f'<span class="l" id="L{k}" data-n="{k}">{lines[k - 1]}\n</span>' for k in rows)
+        body = "".join(f'<span class="l" id="L{i}">{lines[i - 1]}\n</span>'
+                       for i in range(first, end))
         out.append(f'<section id="{anchor}"{"" if keep else " " + CLASS_BEYOND} '
-                   f'data-name="{html.escape(name)}">'
+                   f'data-name="{html.escape(name)}" style="--first:{first - 1}">'
                    f'<h2 class="unseen">{html.escape(name)}</h2>'
                    f"<pre><code>{body}</code></pre></section>")
     return "".join(out)

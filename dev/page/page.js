@@ -29,15 +29,13 @@ function show(name) {
   $("#other").textContent = name === "text" ? "Code" : "Text";
 }
 
-// Scrolls a pane (narrow: the page) so that the element stands a fifth below its top. A chapter out
-// of sight is laid out when it comes near, so that the way is measured twice.
+// Scrolls a pane (narrow: the page) so that the element stands a fifth below its top.
 function scrollTo(element, smooth) {
   const pane = narrow.matches ? document.scrollingElement : panes[paneOf(element)];
   const top = narrow.matches ? 0 : pane.getBoundingClientRect().top;
-  const way = () => element.getBoundingClientRect().top - top - pane.clientHeight / 5;
-  const near = Math.abs(way()) < 2 * pane.clientHeight;
-  pane.scrollBy({ top: way(), behavior: smooth && near && !still.matches ? "smooth" : "instant" });
-  if (!(smooth && near)) pane.scrollBy({ top: way(), behavior: "instant" });
+  const way = element.getBoundingClientRect().top - top - pane.clientHeight / 5;
+  const near = Math.abs(way) < 2 * pane.clientHeight;
+  pane.scrollBy({ top: way, behavior: smooth && near && !still.matches ? "smooth" : "instant" });
 }
 
 // What a link points to: shown, whatever hides it, and marked for a moment.
@@ -109,14 +107,12 @@ function follow() {
   scrollTo(partner, true);
 }
 
-let waiting = 0;
+// When scrolling rests; browsers that do not tell it follow all the way.
+const rest = "onscrollend" in window ? "scrollend" : "scroll";
 for (const name of ["text", "code"]) {
   for (const event of ["wheel", "pointerdown", "touchstart", "keydown", "focusin"])
     panes[name].addEventListener(event, () => { active = name; }, { passive: true });
-  panes[name].addEventListener("scroll", () => {
-    if (name !== active || waiting) return;
-    waiting = requestAnimationFrame(() => { waiting = 0; follow(); });
-  }, { passive: true });
+  panes[name].addEventListener(rest, () => { if (name === active) follow(); }, { passive: true });
 }
 $("#follow").addEventListener("change", follow);
 
