@@ -5,6 +5,7 @@
 # make shakespeare tinyshakespeare for the default run (needs Python and a network)
 # make finetune    GPT-2 124M as MLA, a quarter of its cache, fine-tuned on Shakespeare, to
 #                  data/gpt2/ (a network; pip install torch numpy safetensors huggingface_hub tiktoken)
+# make page        doc/page/index.html, the writeup and the code side by side (pip install markdown pygments latex2mathml)
 # make sanitize    the tests again under address and undefined-behaviour sanitizers
 # make fuzz        a million inputs for everything that reads files, prompts and options (clang; ten minutes)
 # make clean
@@ -71,6 +72,9 @@ finetune: train_gpt2_mla
 	./train_gpt2_mla --load data/gpt2/tuned.safetensors --generate 200 --prompt "ROMEO:" \
 	    --tokenizer data/gpt2/tinyshakespeare_tokenizer.bin
 
+page:
+	python3 dev/page.py
+
 FUZZ_RUNS ?= 1000000
 fuzz: dev/test/fuzz/fuzz.c train_gpt2_mla.c
 	clang -g -O1 -std=c11 -march=native -Wall -Wextra -Wno-unused-function -Wno-unknown-pragmas \
@@ -92,4 +96,4 @@ profile: step_profile
 decode-speed: decode_speed
 	./decode_speed > dev/speed/decode_speed.tmp && mv dev/speed/decode_speed.tmp dev/speed/decode_speed.md
 
-.PHONY: decode-speed profile all test sanitize fuzz shakespeare finetune clean
+.PHONY: decode-speed profile all test sanitize fuzz shakespeare finetune page clean

@@ -65,7 +65,7 @@ def browser(width=1440, height=900):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     d = webdriver.Chrome(options=options, service=Service(driver))
-    d.set_script_timeout(60)
+    d.set_script_timeout(120)
     resize(d, width, height)
     return d
 
@@ -579,18 +579,26 @@ def test_accessible(d):
         missing("axe.min.js (pip install --no-deps axe-playwright-python)")
     script = (pathlib.Path(found.submodule_search_locations[0]) / "axe.min.js").read_text()
     opened = ("document.querySelector('[popovertarget=contents]').click();"
-              "document.querySelector('#L8 .cite').click();"
+              "document.querySelector('#chapter-4 .cite').click();"
               "document.querySelector('#eq-1 summary').click();")
-    states = [(1440, "light", "", ""), (1440, "dark", "#eq-24", ""), (360, "light", "#L700", ""),
-              (1440, "dark", "", opened)]
-    for width, scheme, anchor, action in states:
+    # The whole page, but for contrast; then every rule in several states, of a page with one chapter
+    # of code and no formulas: more of either has no other colors, and takes a minute.
+    some = "math, #code section:not(#chapter-4) { display: none }"
+    states = [(1440, "light", "", "", ""), (1440, "light", "", "", some),
+              (1440, "dark", "#eq-24", "", some), (360, "light", "#chapter-4", "", some),
+              (1440, "dark", "", opened, some)]
+    for width, scheme, anchor, action, hidden in states:
         resize(d, width, 900)
         media(d, prefers_color_scheme=scheme)
         visit(d, anchor)
         run(d, action + script + "; window.axe = axe; await frames(2);")
-        wrong = run(d, """const violations = (await axe.run({ resultTypes: ['violations'] })).violations;
-          return violations.map((v) => [v.id, v.help, v.nodes.length, v.nodes.slice(0, 3)
-            .map((n) => n.html.slice(0, 120) + ' ' + n.failureSummary.slice(0, 200))]);""")
+        wrong = run(d, """const style = document.createElement('style');
+          style.textContent = given[0];
+          document.head.append(style);
+          const rules = { 'color-contrast': { enabled: given[0] !== '' } };
+          return (await axe.run({ resultTypes: ['violations'], rules })).violations
+            .map((v) => [v.id, v.help, v.nodes.length, v.nodes.slice(0, 3).map((n) =>
+              n.html.slice(0, 120) + ' ' + n.failureSummary.slice(0, 200))]);""", hidden)
         same(wrong, [], f"axe at {width}, {scheme}, {anchor}{action}")
     media(d)
     resize(d, 1440, 900)
@@ -606,23 +614,24 @@ def test_speed(d):
                             ".startTime"))
     print(f"  first text after {min(first):.0f} ms")
     assert min(first) < 1000, f"first text after {first} ms, expected less than 1000"
-    longest = []
-    while len(longest) < 3 and min(longest, default=101) > 100:
-        visit(d)
-        longest.append(run(d, """
-          await new Promise((go) => setTimeout(go, 500));
-          const tasks = [0];
-          new PerformanceObserver((list) => tasks.push(...list.getEntries().map((e) => e.duration)))
-            .observe({ type: 'longtask' });
-          for (const name of ['text', 'code']) {
-            const pane = document.getElementById(name);
-            pane.dispatchEvent(new WheelEvent('wheel', { bubbles: true }));
-            for (let k = 0; k < 80; k++) { pane.scrollTop += 400; await frames(1); }
-          }
-          await new Promise((go) => setTimeout(go, 100));
-          return Math.max(...tasks);"""))
-    print(f"  longest task while scrolling {min(longest):.0f} ms")
-    assert min(longest) <= 100, f"tasks of {longest} ms while scrolling, expected at most 100"
+    # Time of the processor, not of the clock: other work runs beside.
+    d.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def used():
+        metrics = d.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+        return next(1000 * m["value"] for m in metrics if m["name"] == "TaskDuration")
+    visit(d)
+    tasks = []
+    for name in ("text", "code"):
+        for _ in range(60):
+            start = used()
+            run(d, """const pane = document.getElementById(given[0]);
+              pane.dispatchEvent(new WheelEvent('wheel', { bubbles: true }));
+              pane.scrollTop += 400; await frames(2);""", name)
+            tasks.append(used() - start)
+    d.execute_cdp_cmd("Performance.disable", {})
+    print(f"  longest task while scrolling {max(tasks):.0f} ms of the processor")
+    assert 0 < max(tasks) <= 100, f"a task of {max(tasks)} ms while scrolling, expected at most 100"
 
 
 def test_no_request_left(d):
