@@ -196,7 +196,8 @@ def pieces(latex):
             depth += 1
         elif m[0] in ("}", "\\right", ")", "]"):
             depth -= 1
-        elif depth == 0 and (m[0].endswith("quad") or m[0] == "=" and "=" in latex[start:m.start()]):
+        elif depth == 0 and (m[0] == "=" and "=" in latex[start:m.start()] or m[0].endswith("quad")
+                             and not latex[:m.start()].endswith(":}")):
             chains[-1].append(latex[start:m.start()])
             start = m.start() if m[0] == "=" else m.end()
             if m[0] != "=":
@@ -416,26 +417,32 @@ def code_html(code, texts, mentions):
 
 # --- The whole
 
-def following(code, texts, text):
-    """[id in the text, line of the code] of all that belongs together, in the text's order."""
-    pairs, banner = {}, {n: i for i, n, _ in code.chapters}
+def following(code, texts, text, body):
+    """(id in the text, line of the code) of what belongs together, in the text's order: equations
+    and their first citation in their chapter, sections, and the first function that a paragraph
+    names."""
+    beside, banner = {}, {n: i for i, n, _ in code.chapters}
     for _, chapter, numbers, sections in texts.rows:
         for n in numbers:
-            lines = [(not anchor.startswith("f-"), line) for _, anchor, line in text.places[n]
-                     if code.chapter_at(line) == chapter]
+            lines = [line for *_, line in text.places[n] if code.chapter_at(line) == chapter]
             if lines:
-                pairs[f"eq-{n}"] = min(lines)[1]
-        for n in sections:
-            if chapter:
-                pairs[f"section-{n}"] = banner[chapter]
-    order, section = [], None
-    for m in re.finditer(r"^## (\d+) |\\tag\{([^}]+)\}", texts.writeup, re.M):
-        order.append(f"section-{m[1]}" if m[1] else f"eq-{m[2]}")
-        if m[1]:
-            section = order[-1]
-        elif section and order[-1] in pairs:  # a section begins where its first equation is
-            pairs.setdefault(section, pairs[order[-1]])
-    return [(anchor, pairs[anchor]) for anchor in order if anchor in pairs]
+                beside[f"eq-{n}"] = min(lines)
+        if chapter:
+            beside.update((f"section-{n}", banner[chapter]) for n in sections)
+    pairs, section, block = [], None, None
+    for m in re.finditer(r'id="((?:eq|section)-\w+|m-(\w+)-\d+)"', body):
+        anchor, line = m[1], beside.get(m[1])
+        if m[2]:
+            start = max(body.rfind(tag, 0, m.start()) for tag in ("<p>", "<li>", "<tr>"))
+            line, block = code.functions[m[2]][0] if start != block else None, start
+        elif anchor.startswith("section"):
+            section = anchor
+        elif line and section:  # a section that has equations begins where the first of them is
+            pairs = [pair for pair in pairs if pair[0] != section] + [(section, line)]
+            section = None
+        if line:
+            pairs.append((anchor, line))
+    return pairs
 
 
 def symbols(texts):
@@ -514,7 +521,7 @@ def build(code, texts):
     body = place_figures(body)
     notation = re.search(r'<div class="scrolls"><table>(?:(?!</table>).)*query heads.*?</table>'
                          r'</div>(?:(?!<p>One token).)*', body, re.S)
-    data = {"follow": following(code, texts, text), "symbols": symbols(texts),
+    data = {"follow": following(code, texts, text, body), "symbols": symbols(texts),
             "results": results(), "mentions": text.mentions}
     files = {name: (ROOT / "dev/page" / name).read_text()
              for name in ("page.html", "page.css", "page.js")}

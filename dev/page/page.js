@@ -79,8 +79,8 @@ partOne.addEventListener("change", setPartOne);
 let active = "text", shown = null;
 const pairs = data.follow.map(([id, line]) => [document.getElementById(id),
   document.getElementById("L" + line)]);
-const byLine = pairs.map(([text, line]) => [line, text, Number(line.id.slice(1))])
-  .sort((a, b) => a[2] - b[2]);
+const byLine = pairs.filter(([text]) => !text.id.startsWith("m-"))
+  .map(([text, line]) => [line, text, Number(line.id.slice(1))]).sort((a, b) => a[2] - b[2]);
 
 // What stands in the other pane beside that which is read in this one, a third below its top.
 function counterpart(name) {
@@ -190,8 +190,9 @@ function wordAt(x, y) {
   const word = text.slice(from, to);
   // In prose a single letter is a symbol only beside an operator: "the C program" is none.
   const near = text.slice(Math.max(0, from - 2), from) + "|" + text.slice(to, to + 2);
-  return word.length > 1 || element.closest("code") || /[(=·,/²<>≤] ?\||\| ?[)=·,/²<>≤]/.test(near)
-    ? plain(word) : "";
+  const is = word.length > 1 || element.closest("code")
+    || /[(=·,/²<>≤] ?\||\| ?[)=·,/²<>≤]/.test(near);
+  return is ? plain(word) : "";
 }
 
 let pointing = 0;
@@ -319,7 +320,8 @@ function update() {
   const divisors = Array.from({ length: model.NH }, (_, i) => i + 1)
     .filter((n) => model.NH % n === 0);
   model.NKV = divisors.findLast((n) => n <= model.NKV);
-  if (!POSITIONS[model.kind].includes(model.position)) model.position = POSITIONS[model.kind].at(-1);
+  const positions = POSITIONS[model.kind];
+  if (!positions.includes(model.position)) model.position = positions.at(-1);
   model.RD = Math.min(model.RD, model.HS - 2);
   model.R = Math.min(model.R, model.NH * model.HS);
   redraw.forEach((draw) => draw());
@@ -345,7 +347,8 @@ function cacheFigure(place) {
     } }, ...values.map((v) => make("option", { value: v }, v)));
     return make("label", {}, label, inputs[name]);
   };
-  const answer = make("p", { class: "answer", role: "status" }), bars = make("div", { class: "bars" });
+  const answer = make("p", { class: "answer", role: "status" });
+  const bars = make("div", { class: "bars" });
   const context = slider("T", "context", 7, 17);
   inputs.T.addEventListener("input", () => { model.T = 2 ** Number(inputs.T.value); update(); });
   place.append(make("h4", {}, "What a decoder keeps, by (24)"), make("div", { class: "controls" },
@@ -353,8 +356,8 @@ function cacheFigure(place) {
     choice("position", "position", ["learned", "rope", "decoupled"]),
     choice("cache", "cache of", ["latents", "keys and values"]),
     slider("L", "layers", 1, 96), slider("NH", "heads NH", 1, 128),
-    slider("HS", "size HS", 4, 256, 2), slider("NKV", "NKV", 1, 128), slider("R", "rank R", 1, 4096),
-    slider("RD", "RD", 2, 128, 2), context), answer, bars);
+    slider("HS", "size HS", 4, 256, 2), slider("NKV", "NKV", 1, 128),
+    slider("R", "rank R", 1, 4096), slider("RD", "RD", 2, 128, 2), context), answer, bars);
   redraw.push(() => {
     const { NKV, rope, NOPE } = widths(model), { kind, L, HS, R, T } = model;
     inputs.R.max = model.NH * HS;
@@ -379,8 +382,7 @@ function cacheFigure(place) {
     answer.replaceChildren(`${rule} = `, make("strong", { id: "floats" }, count(floats)),
       ` floats per token, ${bytes(4 * floats)} in float32; ${bytes(4 * floats * T)} for a text of `
       + `${count(T)} tokens.`);
-    const rows = [["mha", { kind: "mha", position: "rope" }], ["gqa", { kind: "gqa", position: "rope" }],
-      ["mqa", { kind: "mqa", position: "rope" }],
+    const rows = [...["mha", "gqa", "mqa"].map((name) => [name, { kind: name, position: "rope" }]),
       ["mla, keys and values", { kind: "mla", cache: "keys and values" }],
       ["mla, latents", { kind: "mla", cache: "latents" }]].map(([name, changes]) => {
       const position = changes.kind === "mla" && model.position === "rope" ? "decoupled"
@@ -400,7 +402,8 @@ function cacheFigure(place) {
 // --- Absorption, step by step. A step: when, which matrix and vector meet, what comes of it.
 
 function absorptionSteps(way) {
-  const m = { ...model, kind: "mla", position: model.position === "learned" ? "learned" : "decoupled" };
+  const position = model.position === "learned" ? "learned" : "decoupled";
+  const m = { ...model, kind: "mla", position };
   const { NKV, rope, NOPE } = widths(m), { NH, HS, R } = m, QK = NOPE + rope;
   const once = "Once per new token", each = "For every token in the cache, at every step";
   const up = (when, cached, j) => ({ when, left: ["W_UKV", NOPE + HS, R],
@@ -410,7 +413,8 @@ function absorptionSteps(way) {
     result: ["score", 1], of: `${NH} query heads`, cost: NH * QK,
     says: "A query meets a key: a number, from which softmax makes the weight p_j." },
   { when: each, left: ["p_j", 1, 1], right: ["v_j", HS, cached], result: ["out", HS],
-    of: `${NH} query heads`, cost: NH * HS, says: "The value, times its weight, is added to the output." }];
+    of: `${NH} query heads`, cost: NH * HS,
+    says: "The value, times its weight, is added to the output." }];
   return {
     full: { keeps: NKV * (NOPE + HS) + rope, steps: [
       { ...up(once, false, ""), says: "The new token's latent is projected up. Its keys and values "
@@ -420,10 +424,12 @@ function absorptionSteps(way) {
         + "every new token: here nearly all the arithmetic is." }, ...meets(false)] },
     absorbed: { keeps: R + rope, steps: [
       { when: once, left: ["W_UK'", R, NOPE], right: ["q_nope", NOPE], result: ["q̃", R],
-        of: `${NH} query heads`, cost: NH * R * NOPE, says: "The matrix changes sides (25): it acts "
-          + "on the one query and not on the many latents. The query is as wide as a latent now." },
-      { when: each, left: ["[q̃; q_rope]", 1, R + rope], right: ["[c_j; k_rope,j]", R + rope, true],
-        result: ["score", 1], of: `${NH} query heads, one row`, cost: NH * (R + rope),
+        of: `${NH} query heads`, cost: NH * R * NOPE,
+        says: "The matrix changes sides (25): it acts on the one query and not on the many "
+          + "latents. The query is as wide as a latent now." },
+      { when: each, left: ["[q̃; q_rope]", 1, R + rope],
+        right: ["[c_j; k_rope,j]", R + rope, true], result: ["score", 1],
+        of: `${NH} query heads, one row`, cost: NH * (R + rope),
         says: "It meets the cached row as it lies there. The score is the same number as before." },
       { when: each, left: ["p_j", 1, 1], right: ["c_j", R, true], result: ["õ", R],
         of: `${NH} query heads, one row`, cost: NH * R,
@@ -485,9 +491,10 @@ function absorptionFigure(place) {
       + `${step.when}, for ${step.of}. `), step.says));
     const sum = (when) => steps.filter((s) => s.when.startsWith(when))
       .reduce((total, s) => total + s.cost, 0);
-    costs.replaceChildren(make("strong", { id: "costs" }, `${way}: ${count(sum("For"))} multiply-adds `
-      + `for each cached token at every step, ${count(sum("Once"))} once per new token, `
-      + `${count(keeps)} floats per cached token`), ", in a layer of the model that is set above.");
+    costs.replaceChildren(make("strong", { id: "costs" }, `${way}: ${count(sum("For"))} `
+      + `multiply-adds for each cached token at every step, ${count(sum("Once"))} once per new `
+      + `token, ${count(keeps)} floats per cached token`), ", in a layer of the model of ",
+    make("a", { href: "#living-cache" }, "the sliders above"), ".");
   }
   redraw.push(draw);
 }
@@ -521,7 +528,8 @@ function resultsFigure(place) {
     const losses = runs.map((run) => run[2]), names = by.value === "row";
     const low = Math.min(...losses), high = Math.max(...losses), across = names ? 190 : 60;
     const height = names ? 24 * rows.length + 46 : 330;
-    const right = (v, from, to) => across + 14 + (560 - across - 40) * (v - from) / (to - from || 1);
+    const right = (v, from, to) =>
+      across + 14 + (560 - across - 40) * (v - from) / (to - from || 1);
     const field = by.value === "parameters" ? 3 : 4, wide = runs.map((run) => run[field]);
     const place = (run) => names ? [right(run[2], low, high), 24 * rows.indexOf(run[0]) + 16]
       : [right(run[field], Math.min(...wide), Math.max(...wide)),
@@ -585,7 +593,7 @@ const scrolling = new ResizeObserver((entries) => {
 $$(".scrolls, .parts, pre").forEach((element) => scrolling.observe(element));
 
 // Without a mathematical font a browser leaves an index on its line, unless what it stands at goes
-// below it: then all are given the same depth. The probe's shapes are as tall as no font makes them.
+// below it: then all are given the same depth. The probe's shapes take their height from no font.
 const space = (height) => `<mspace width="1px" height="${height}"></mspace>`;
 const probe = make("div");
 probe.innerHTML = `<math><msub>${space("20px")}${space("1px")}</msub></math>`;
