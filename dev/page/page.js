@@ -315,6 +315,9 @@ function bytes(n) {
   return `${k ? n.toFixed(1) : n} ${unit[k]}`;
 }
 
+// How wide a drawing is in its own units: few on a narrow screen, so that its words stay legible.
+const drawn = (place) => Math.min(560, Math.max(320, place.clientWidth - 36));
+
 const redraw = [];
 function update() {
   const divisors = Array.from({ length: model.NH }, (_, i) => i + 1)
@@ -444,7 +447,7 @@ function absorptionFigure(place) {
   const ways = ["full", "latent", "absorbed"];
   const all = ways.flatMap((way) => absorptionSteps(way).steps.map((_, k) => [way, k]));
   let at = 0;
-  const drawing = make("svg", { viewBox: "0 0 560 250", role: "img" });
+  const drawing = make("svg", { role: "img" });
   const said = make("div", { role: "status" }), costs = make("p");
   const go = (to) => { at = (to + all.length) % all.length; draw(); };
   const radios = ways.map((way) => make("input", { type: "radio", name: "way", value: way,
@@ -478,13 +481,15 @@ function absorptionFigure(place) {
     const parts = [];
     for (const [piece, sign] of [[left, "×"], [right, "="], [result, ""]]) {
       const room = Math.max(0, 7.4 * piece[0].length - block(0, piece)[0]) / 2;
-      const [width, drawn] = block(x + room, piece);
+      const [width, shape] = block(x + room, piece);
       x += width + 2 * room + 18;
-      parts.push(drawn);
+      parts.push(shape);
       if (sign) parts.push(make("text", { x, y: 110 }, sign));
       x += 18;
     }
-    drawing.replaceChildren(make("g", { transform: `translate(${(560 - x) / 2})` }, ...parts));
+    const full = Math.max(x, drawn(place));
+    drawing.setAttribute("viewBox", `0 0 ${full} 250`);
+    drawing.replaceChildren(make("g", { transform: `translate(${(full - x) / 2})` }, ...parts));
     drawing.setAttribute("aria-label", `${step.left[0]} meets ${step.right[0]}, which gives `
       + step.result[0]);
     said.replaceChildren(make("p", {}, make("strong", {}, `${way}, ${k + 1} of ${steps.length}. `
@@ -525,29 +530,29 @@ function resultsFigure(place) {
 
   function draw() {
     const runs = data.results[select.value], rows = [...new Set(runs.map((run) => run[0]))];
-    const losses = runs.map((run) => run[2]), names = by.value === "row";
+    const full = drawn(chart), losses = runs.map((run) => run[2]), names = by.value === "row";
     const low = Math.min(...losses), high = Math.max(...losses), across = names ? 190 : 60;
     const height = names ? 24 * rows.length + 46 : 330;
     const right = (v, from, to) =>
-      across + 14 + (560 - across - 40) * (v - from) / (to - from || 1);
+      across + 14 + (full - across - 40) * (v - from) / (to - from || 1);
     const field = by.value === "parameters" ? 3 : 4, wide = runs.map((run) => run[field]);
     const place = (run) => names ? [right(run[2], low, high), 24 * rows.indexOf(run[0]) + 16]
       : [right(run[field], Math.min(...wide), Math.max(...wide)),
         280 - 262 * (run[2] - low) / (high - low || 1)];
-    const svg = make("svg", { viewBox: `0 0 560 ${height}`, role: "group",
+    const svg = make("svg", { viewBox: `0 0 ${full} ${height}`, role: "group",
       "aria-label": `${select.value}: ${runs.length} runs; arrow keys go from point to point` });
     const base = names ? 24 * rows.length + 4 : 296;
-    svg.append(make("line", { x1: across, x2: 550, y1: base, y2: base, class: "rule" }));
+    svg.append(make("line", { x1: across, x2: full - 10, y1: base, y2: base, class: "rule" }));
     const axis = names ? [low, high] : [Math.min(...wide), Math.max(...wide)];
     axis.forEach((v, k) => svg.append(make("text", { x: right(v, ...axis), y: base + 16,
       class: k ? "small end" : "small start" }, names ? v.toFixed(3) : count(v))));
-    svg.append(make("text", { x: (across + 560) / 2, y: base + 32, class: "small" },
+    svg.append(make("text", { x: (across + full) / 2, y: base + 32, class: "small" },
       names ? "validation loss, a point per seed" : by.value));
     if (names) rows.forEach((row, k) => {
       const own = runs.filter((run) => run[0] === row).map((run) => run[2]);
       const mean = right(own.reduce((a, b) => a + b) / own.length, low, high), y = 24 * k + 16;
       svg.append(make("text", { x: across, y: y + 4, class: "small end" }, row),
-        make("line", { x1: across + 8, x2: 550, y1: y, y2: y, class: "rule" }),
+        make("line", { x1: across + 8, x2: full - 10, y1: y, y2: y, class: "rule" }),
         make("line", { x1: mean, x2: mean, y1: y - 8, y2: y + 8, class: "mean" }));
     });
     else [low, high].forEach((v) => svg.append(make("text", { x: across, class: "small end",
