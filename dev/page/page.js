@@ -531,27 +531,32 @@ function resultsFigure(place) {
   function draw() {
     const runs = data.results[select.value], rows = [...new Set(runs.map((run) => run[0]))];
     const full = drawn(chart), losses = runs.map((run) => run[2]), names = by.value === "row";
-    const low = Math.min(...losses), high = Math.max(...losses), across = names ? 190 : 60;
-    const height = names ? 24 * rows.length + 46 : 330;
+    const low = Math.min(...losses), high = Math.max(...losses);
+    // Rows have their names at the left or, where that leaves no room, above their points.
+    const above = names && full < 450, step = above ? 38 : 24, middle = above ? 28 : 16;
+    const across = !names ? 60 : above ? 0 : 8 + 6.6 * Math.max(...rows.map((row) => row.length));
+    const height = names ? step * rows.length + 46 : 330;
     const right = (v, from, to) =>
       across + 14 + (full - across - 40) * (v - from) / (to - from || 1);
     const field = by.value === "parameters" ? 3 : 4, wide = runs.map((run) => run[field]);
-    const place = (run) => names ? [right(run[2], low, high), 24 * rows.indexOf(run[0]) + 16]
+    const place = (run) => names ? [right(run[2], low, high), step * rows.indexOf(run[0]) + middle]
       : [right(run[field], Math.min(...wide), Math.max(...wide)),
         280 - 262 * (run[2] - low) / (high - low || 1)];
     const svg = make("svg", { viewBox: `0 0 ${full} ${height}`, role: "group",
       "aria-label": `${select.value}: ${runs.length} runs; arrow keys go from point to point` });
-    const base = names ? 24 * rows.length + 4 : 296;
+    const base = names ? step * rows.length + 4 : 296;
     svg.append(make("line", { x1: across, x2: full - 10, y1: base, y2: base, class: "rule" }));
     const axis = names ? [low, high] : [Math.min(...wide), Math.max(...wide)];
     axis.forEach((v, k) => svg.append(make("text", { x: right(v, ...axis), y: base + 16,
       class: k ? "small end" : "small start" }, names ? v.toFixed(3) : count(v))));
-    svg.append(make("text", { x: (across + full) / 2, y: base + 32, class: "small" },
+    svg.append(make("text", { x: full - 10, y: base + 32, class: "small end" },
       names ? "validation loss, a point per seed" : by.value));
     if (names) rows.forEach((row, k) => {
       const own = runs.filter((run) => run[0] === row).map((run) => run[2]);
-      const mean = right(own.reduce((a, b) => a + b) / own.length, low, high), y = 24 * k + 16;
-      svg.append(make("text", { x: across, y: y + 4, class: "small end" }, row),
+      const mean = right(own.reduce((a, b) => a + b) / own.length, low, high);
+      const y = step * k + middle;
+      svg.append(make("text", { x: above ? 8 : across, y: above ? y - 13 : y + 4,
+        class: above ? "small start" : "small end" }, row),
         make("line", { x1: across + 8, x2: full - 10, y1: y, y2: y, class: "rule" }),
         make("line", { x1: mean, x2: mean, y1: y - 8, y2: y + 8, class: "mean" }));
     });
