@@ -63,14 +63,14 @@ class Code:
                               if (m := re.match(r"// ={4,} (\d+)  (.+?) ={4,}$", s))],
                              where, 'banners "// ==== 1  TITLE ===="')
         self.functions = {}  # name -> first and last line of its definition
+        rows = blank.splitlines()
         for m in re.finditer(r"^(?!typedef|struct|enum)[a-z_][\w \n*]*?\b(\w+)\([^;{}]*\)\s*\{",
                              blank, re.M):
             first = blank.count("\n", 0, m.start(1)) + 1
-            brace = blank.count("\n", 0, m.end()) + 1
-            last = brace
-            if self.lines[brace - 1].rstrip().endswith("{") or "//" in self.lines[brace - 1]:
-                last = next(i for i in range(brace, len(self.lines) + 1)
-                            if self.lines[i - 1].startswith("}"))
+            last = blank.count("\n", 0, m.end()) + 1
+            if rows[last - 1].rstrip().endswith("{"):  # else it ends in the line where it begins
+                last = next((i for i in range(last, len(rows)) if rows[i - 1].startswith("}")),
+                            len(rows))
             self.functions.setdefault(m[1], (first, last))
         need(self.functions, where, "functions that begin at a line's start")
 
@@ -129,7 +129,10 @@ class Texts:
                                re.M), "doc/writeup.md", 'a table "| in the program | here |"')
         self.rows, part = [], None  # (part, chapter or None, numbers, sections)
         for row in table[1].splitlines():
-            left, right = (cell.strip() for cell in row.strip("|").split("|"))
+            cells = [cell.strip() for cell in row.strip("|").split("|")]
+            if len(cells) != 2:
+                raise Forms(f"doc/writeup.md: expected two cells in its first table, found {row}")
+            left, right = cells
             if left.startswith("**"):
                 part = left.strip("*").split(",")[0]
                 continue
@@ -301,10 +304,10 @@ class Text:
         source, alt = (re.search(rf'{key}="([^"]*)"', match[1])[1] for key in ("src", "alt"))
         path = ROOT / "doc" / source
         if not path.is_file():
-            raise Forms(f"doc/writeup.md: figure {source} is not there")
+            raise Forms(f"doc/{source}: a figure that the text shows is not there")
         svg = path.read_text()
         svg = re.sub(r"<metadata>.*?</metadata>|<\?xml.*?\?>|<!DOCTYPE.*?>", "", svg, flags=re.S)
-        data = urllib.parse.quote(re.sub(r"\s+", " ", svg), safe=" =:/'(),;.#<>{}".replace("#", ""))
+        data = urllib.parse.quote(re.sub(r"\s+", " ", svg), safe=" =:/'(),;.<>{}")
         caption = f"<figcaption>{match[2]}</figcaption>" if match[2] else ""
         return (f'<figure><!--{os.path.basename(source)}--><img src="data:image/svg+xml,{data}" '
                 f'alt="{" ".join(alt.split())}">{caption}</figure>')
@@ -315,7 +318,7 @@ class Text:
         for part in re.split(r"(<h[1-5]>.*?</h[1-5]>)", body, flags=re.S):
             m = re.match(r"<h(\d)>(.*)</h\d>", part, re.S)
             if not m:
-                out.append(self.link_functions(part, here, title))
+                out.append(self.link_functions(part, title))
                 continue
             level, words = int(m[1]) - down, html.unescape(re.sub(r"<[^>]+>", "", m[2]))
             numbered = re.match(r"(\d+) ", words)
@@ -337,7 +340,7 @@ class Text:
             out.append(f'<h{m[1]} id="{here}">{m[2]}</h{m[1]}>')
         return "".join(out) + "</section>"
 
-    def link_functions(self, body, here, title):
+    def link_functions(self, body, title):
         """Links from functions' names in the text, and a record of them for links back."""
         def link(m):
             name = m[1]
@@ -351,7 +354,7 @@ class Text:
 
 # --- The code
 
-def code_html(code, texts, mentions):
+def code_html(code, mentions):
     """The program, a section for each chapter, a span with an id for each line."""
     from pygments.lexers import CLexer
     from pygments.token import Comment, Keyword, Number, String
@@ -519,15 +522,16 @@ def build(code, texts):
     text = Text(code, texts)
     body = text.convert(texts.writeup, "writeup", 0) + text.convert(texts.modify, "modify", 1)
     body = place_figures(body)
-    notation = re.search(r'<div class="scrolls"><table>(?:(?!</table>).)*query heads.*?</table>'
-                         r'</div>(?:(?!<p>One token).)*', body, re.S)
+    notation = need(re.search(r'<h2 id="section-\d+">\d+ Notation.*?</section>', body, re.S),
+                    "doc/writeup.md", "a section Notation")[0]
+    tables = re.findall(r'<div class="scrolls">.*?</div>', notation, re.S)
     data = {"follow": following(code, texts, text, body), "symbols": symbols(texts),
             "results": results(), "mentions": text.mentions}
     files = {name: (ROOT / "dev/page" / name).read_text()
              for name in ("page.html", "page.css", "page.js")}
     fill = {"css": files["page.css"], "js": files["page.js"], "text": body,
-            "code": code_html(code, texts, text.mentions), "contents": contents(code, text),
-            "notation": need(notation, "doc/writeup.md", "the table of notation")[0],
+            "code": code_html(code, text.mentions), "contents": contents(code, text),
+            "notation": "".join(tables),
             "data": json.dumps(data, ensure_ascii=False).replace("</", "<\\/")}
     return re.sub(r"\{\{(\w+)\}\}", lambda m: fill[m[1]], files["page.html"])
 
