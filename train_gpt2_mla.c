@@ -2389,7 +2389,7 @@ static void pack_pairs(real *panels, const real *src, long line, long deep, int 
 }
 
 #ifdef __AMX_BF16__
-// c (32, 32) = start + a b, from a panel of each, whole 32s deep. Two tiles of each: with four sums
+// c, 32 x 32, = start + a b, from a panel of each, whole 32s deep. Two tiles of each: with four sums
 // at work at a time, loads (8 cycles a tile) stay behind products.
 static void multiply_pairs(const uint32_t *a, const uint32_t *b, long depth, real *c, long c_row,
                            const real *start, long start_row) {
