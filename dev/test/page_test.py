@@ -319,7 +319,7 @@ def test_following(d):
 def test_following_by_wheel(d):
     visit(d)
     text = d.find_element(By.ID, "text")
-    ActionChains(d).scroll_from_origin(ScrollOrigin.from_element(text), 0, 30000).perform()
+    ActionChains(d).scroll_from_origin(ScrollOrigin.from_element(text), 0, 15000).perform()
     time.sleep(.5)
     assert run(d, "return document.getElementById('code').scrollTop") > 1000, "the code stayed"
 
