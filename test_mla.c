@@ -110,7 +110,7 @@ static void matmul_plain(double *c, double *size, Mat a, Mat b, int M, int N, in
 static void test_matmul_way(int way) {
     static const int shapes[][3] = {{1, 1, 1}, {1, 7, 5}, {2, 3, 400}, {5, 33, 1}, {6, 16, 8}, {7, 17, 9}, {8, 32, 384},
         {13, 64, 385}, {63, 31, 100}, {64, 129, 70}, {65, 1, 65}, {97, 75, 33}, {3, 2050, 270}, {66, 40, 800}, {9, 270, 30},
-        {130, 300, 9}, {3, 5, 40000}, {530, 33, 260}, {600, 70, 260}, {1291, 1300, 2}, {1030, 1040, 260}, {600, 1040, 260}};
+        {130, 300, 9}, {3, 5, 40000}, {530, 33, 260}, {600, 70, 260}, {1291, 1300, 2}, {1030, 1040, 260}, {600, 1040, 530}};
     int threads = omp_get_max_threads();
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
         int M = shapes[s][0], N = shapes[s][1], K = shapes[s][2], pad = 3;
@@ -130,8 +130,9 @@ static void test_matmul_way(int way) {
             Mat A = variant & 1 ? transposed(a, M) : rows_of(a, K), B = variant & 2 ? transposed(b, K) : rows_of(b, N);
             int kind = variant / 4;
             if (kind >= 3 && variant & 1) continue;
-            // The largest shapes are slow, and meant for the products that share what is packed.
-            if (M * N * K > 1 << (way ? 22 : 26) && (kind >= 3 || variant % 4 != 1 || way)) continue;
+            // The largest shapes are slow, and meant for the products that share what is packed. Of
+            // bfloat16 one is enough: variant 9 adds to c, in several blocks of k.
+            if (M * N * K > 1 << (way ? 22 : 26) && (way ? variant != 9 : kind >= 3 || variant % 4 != 1)) continue;
             for (int i = 0; i < M * c_row; i++) c[i] = once[i] = random_normal(4, i);
             const real *start = kind % 3 == 1 ? bias : kind % 3 == 2 ? c : NULL;
             long start_row = kind % 3 == 1 ? 0 : c_row;
@@ -420,9 +421,10 @@ static void test_decoding(const char *what, Model *m, int n, int n_prompt) {
     free(tokens), free(fed), free(full);
 }
 
-// Gradients of the dumps, in float32, from products of bfloat16. A factor is off by 2^-9 at most. Some
-// forty products lie between a batch and a gradient, whose errors have any sign: sqrt(40) 2^-9 =
-// 0.012; where a sum's terms cancel each other (biases and norms add up all tokens) a few times that.
+// Gradients of the dumps, in float32, from products of bfloat16. A factor is off by 2^-8 at most, two
+// together by 0.0023 in the root mean square. Some forty products lie between a batch and a gradient,
+// whose errors have any sign: sqrt(40) 0.0023 = 0.015; where a sum's terms cancel each other (biases
+// and norms add up all tokens) a few times that.
 //
 // Errors are kept by tensor (that of all layers together) for --bf16-errors, which prints them.
 static struct { char name[64]; double errors[256]; int n; } rounding[64];
