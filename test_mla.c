@@ -132,7 +132,8 @@ static void test_matmul_way(int way) {
             if (kind >= 3 && variant & 1) continue;
             // The largest shapes are slow, and meant for the products that share what is packed. Of
             // bfloat16 one is enough: variant 9 adds to c, in several blocks of k.
-            if (M * N * K > 1 << (way ? 22 : 26) && (way ? variant != 9 : kind >= 3 || variant % 4 != 1)) continue;
+            if (M * N * K > 1 << (way ? 22 : 26) &&
+                (way ? variant != 9 : kind >= 3 || variant % 4 != 1)) continue;
             for (int i = 0; i < M * c_row; i++) c[i] = once[i] = random_normal(4, i);
             const real *start = kind % 3 == 1 ? bias : kind % 3 == 2 ? c : NULL;
             long start_row = kind % 3 == 1 ? 0 : c_row;
