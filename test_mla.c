@@ -110,7 +110,7 @@ static void matmul_plain(double *c, double *size, Mat a, Mat b, int M, int N, in
 static void test_matmul_way(int way) {
     static const int shapes[][3] = {{1, 1, 1}, {1, 7, 5}, {2, 3, 400}, {5, 33, 1}, {6, 16, 8}, {7, 17, 9}, {8, 32, 384},
         {13, 64, 385}, {63, 31, 100}, {64, 129, 70}, {65, 1, 65}, {97, 75, 33}, {3, 2050, 270}, {66, 40, 800}, {9, 270, 30},
-        {130, 300, 9}, {3, 5, 40000}, {530, 33, 260}, {600, 70, 260}, {1291, 1300, 2}, {1030, 1040, 260}, {600, 1040, 530}};
+        {130, 300, 9}, {3, 5, 40000}, {1, 9, 17000}, {530, 33, 260}, {600, 70, 260}, {1291, 1300, 2}, {1030, 1040, 260}, {600, 1040, 530}};
     int threads = omp_get_max_threads();
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
         int M = shapes[s][0], N = shapes[s][1], K = shapes[s][2], pad = 3;
@@ -125,8 +125,11 @@ static void test_matmul_way(int way) {
         real *ra = allocate(M * K * sizeof(real), "a"), *rb = allocate(K * N * sizeof(real), "b");
         for (int i = 0; i < M * K; i++) ra[i] = way ? rounded(a[i]) : a[i];
         for (int i = 0; i < K * N; i++) rb[i] = way ? rounded(b[i]) : b[i];
-        // every pair of transposes; start from zero, from a bias, from c; then the one for few rows
-        for (int variant = 0; variant < 4 * 6; variant++) {
+        uint16_t *half = allocate(K * N * sizeof *half, "b");
+        for (int i = 0; i < K * N; i++) half[i] = to_bfloat16(b[i]);
+        // every pair of transposes; start from zero, from a bias, from c; then the one for few rows,
+        // and that with b kept as bfloat16
+        for (int variant = 0; variant < 4 * (way ? 9 : 6); variant++) {
             Mat A = variant & 1 ? transposed(a, M) : rows_of(a, K), B = variant & 2 ? transposed(b, K) : rows_of(b, N);
             int kind = variant / 4;
             if (kind >= 3 && variant & 1) continue;
@@ -139,6 +142,7 @@ static void test_matmul_way(int way) {
             long start_row = kind % 3 == 1 ? 0 : c_row;
             Mat RA = A, RB = B;
             RA.p = ra, RB.p = rb;
+            if (kind >= 6) B.p = NULL, B.bf16 = half;
             matmul_plain(expected, size, RA, RB, M, N, K, start, start_row);
             if (kind < 3) {  // on 1 thread and on 5, which may be other ways through matmul
                 omp_set_num_threads(1);
@@ -162,7 +166,7 @@ static void test_matmul_way(int way) {
                 check("matmul: same bits on 1 thread and 5", detail, !memcmp(c, once, M * c_row * sizeof(real)));
         }
         free(a), free(b), free(ra), free(rb), free(c), free(once), free(bias), free(expected);
-        free(size);
+        free(size), free(half);
     }
     omp_set_num_threads(threads);
 }
