@@ -30,6 +30,7 @@ and config_complete.
        15  Checkpoints      safetensors, written and read
        16  Command line     logs, signals, options, and main
        17  Unicode          letters, numbers and white space, for the tokenizer
+       18  Ranks            one training by many processes, over MPI: only with `make MPI=1`
 
 NOTATION (the writeup uses the same)
     B  sequences in a batch      T  tokens in a sequence    N = B*T  tokens in a batch
@@ -74,11 +75,6 @@ pass.
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
-#ifdef __AMX_BF16__  // chapter 13
-#include <immintrin.h>
-#include <sys/syscall.h>
-long syscall(long number, ...);  // unistd.h has it among extensions only
-#endif
 
 #if __FINITE_MATH_ONLY__
 #error "-Ofast and -ffast-math remove every check for NaN: use -O3"
@@ -104,12 +100,6 @@ typedef double real;
 typedef float real;
 #endif
 
-enum { FP32, BF16 };  // what products take: floats, or floats rounded to bfloat16 (chapter 13)
-static const char *const precision_names[] = {"fp32", "bf16", NULL};
-static int precision;
-static inline uint16_t to_bfloat16(real x);
-static inline real from_bfloat16(uint16_t x);
-
 // Says what is wrong, on one line, and ends the program. Status 1: a file, the machine, the
 // numbers, or a call that must not be; status 2: the command line.
 __attribute__((noreturn, format(printf, 2, 3)))
@@ -126,17 +116,6 @@ static long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 // Memory of `bytes`, zeroed, aligned to a cache line; `what` names it should there be too little.
 static void *allocate(size_t bytes, const char *what);
 
-// An arena hands out consecutive pieces of one allocation. A layout function that takes its pieces
-// is run twice: with no base it only counts, then it places.
-typedef struct {
-    real *base;
-    size_t used;  // in reals
-    int overlap;  // pieces lie over each other on purpose: no gaps between them (chapter 12)
-} Arena;
-
-static real *take(Arena *arena, size_t n);                   // the next piece, n numbers
-static void arena_allocate(Arena *arena, const char *what);  // as many as were counted
-
 // Randomness without state: number i of stream `key` is a hash of the two (the finalizer of
 // SplitMix64: Steele, Lea and Flood 2014). So every random number has an address: dropout is
 // the same for any number of threads, and no generator's state needs to be saved.
@@ -147,11 +126,7 @@ static uint64_t random_bits(uint64_t key, uint64_t i) {
     return z ^ (z >> 31);
 }
 
-static uint32_t hash_bytes(const void *bytes, long n) {  // FNV-1a
-    uint32_t hash = 2166136261u;
-    for (long i = 0; i < n; i++) hash = (hash ^ ((const unsigned char *)bytes)[i]) * 16777619u;
-    return hash;
-}
+static uint32_t hash_bytes(const void *bytes, long n);  // FNV-1a
 
 static double random_uniform(uint64_t key, uint64_t i) {  // in (0, 1]
     return ((random_bits(key, i) >> 11) + 0.5) * 0x1p-53;
@@ -180,7 +155,6 @@ typedef struct Evaluation Evaluation;
 
 // Chapter 12. Room for the activations of passes over up to B sequences of up to T tokens.
 static void model_reserve(Model *m, int B, int T, int training);
-static void keep_twin(const Model *m);  // its weights as bfloat16, from which decoding reads
 
 // Chapter 13. A matrix by its strides: element (i, j) is p[i*row + j*col], one of row and col
 // being 1. Swapping the two transposes. In decoding, b's numbers may be bfloat16: then bf16 has
@@ -274,6 +248,16 @@ static int save_best(const Outputs *out, const Model *m, const Options *o, long 
 // second or more later, ends the program at once.
 static void catch_signals(void);
 static volatile sig_atomic_t stop_signal;
+
+// Chapter 18. Processes that train one model together, each on its rows of every batch, are called
+// ranks; [MPI] marks what they need. Without `make MPI=1` there is one, and all of this is empty.
+static int rank, ranks = 1;  // which one this is, of how many
+static uint64_t numbers_from(uint64_t key, uint64_t n);  // of stream `key`, from number n on
+static void expect_sums(int last);             // of gradients: after this backward, if the last
+static void begin_sum(const Model *m, int l);  // of layer l's; 0: also of those outside the layers
+static void end_sums(void);                    // waits for them
+static void sum_numbers(double *x, int n);     // over the ranks, at once
+static int stopping(void);                     // any rank's stop_signal; all ranks ask together
 
 // Part II. Attention of a layer's tokens, projected and turned, to those of m->cache and to
 // themselves: heads' outputs into acts->att. What is kept of them is appended.
@@ -1244,8 +1228,12 @@ static double forward_backward(Model *m, const int *tokens, const int *targets, 
                                double scale) {
     forward(m, tokens, B, T, 1);
     double loss = head_loss(m, targets, B * T, scale / (B * T)) / (B * T);
-    for (int l = m->c.L - 1; l >= 0; l--) block_backward(m, l, &m->acts[l], B, T);
+    for (int l = m->c.L - 1; l >= 0; l--) {
+        block_backward(m, l, &m->acts[l], B, T);
+        if (l) begin_sum(m, l);  // [MPI]
+    }
     embedding_backward(m, tokens, B * T, T);
+    begin_sum(m, 0);  // [MPI]
     return loss;
 }
 
@@ -1376,49 +1364,54 @@ struct Evaluation {
 // evenly over the data. Cut short when a signal comes.
 static Evaluation evaluate(Model *m, const Data *d, const Tokenizer *tokenizer, int B, int T,
                            int max_batches) {
-    Evaluation e = {0};
-    double sum = 0, bytes = 0;
+    double sums[3] = {0}, *loss = sums, *bytes = sums + 1, *tokens = sums + 2;
     long full = (d->n - 1) / T, tail = (d->n - 1) % T, batches = (full + B - 1) / B + (tail > 0);
     long taken = max_batches && max_batches < batches ? max_batches : batches;
     int *x = allocate(2 * sizeof(int) * B * T, "evaluation batch"), *y = x + B * T;
-    for (long i = 0; i < taken && !stop_signal; i++) {
+    for (long i = 0; i < taken && !stopping(); i++) {
         long window = i * batches / taken * B;
         int rows = full - window < B ? full - window : B, length = T;
         if (window >= full) window = full, rows = 1, length = tail;
+        int before = rows * rank / ranks;  // [MPI] these rows are other ranks'
+        rows = rows * (rank + 1) / ranks - before, window += before;
+        if (!rows) continue;
         for (long k = 0; k < (long)rows * length; k++) {
             x[k] = d->tokens[window * T + k];
             y[k] = d->tokens[window * T + k + 1];
             int n = token_bytes(tokenizer, y[k]);
-            bytes += n < 0 ? NAN : n;
+            *bytes += n < 0 ? NAN : n;
         }
-        sum += forward_loss(m, x, y, rows, length);
-        e.tokens += (long)rows * length;
+        *loss += forward_loss(m, x, y, rows, length);
+        *tokens += (double)rows * length;
     }
     free(x);
-    e.loss = sum / e.tokens;
-    e.bits_per_byte = sum / log(2) / bytes;
-    return e;
+    sum_numbers(sums, 3);  // [MPI]
+    return (Evaluation){*loss / *tokens, *loss / log(2) / *bytes, *tokens};
 }
 
 // Step `done` + 1: gradients of grad_accum micro-batches, clipped, then one update. x and y are
 // room for a batch.
 static Step training_step(Model *m, const Options *o, const Data *data, long done, int *x, int *y) {
-    int B = o->batch_size, T = o->seq_len, accum = o->grad_accum;
+    int B = o->batch_size / ranks, T = o->seq_len, accum = o->grad_accum;
+    long first = (long)rank * B * T;  // [MPI] of this rank's B rows of tokens
     double start = seconds();
     Step s = {.number = done + 1, .lr = learning_rate_at(&o->schedule, done)};
     for (int micro = 0; micro < accum; micro++) {
         long index = done * accum + micro;
-        next_batch(data, o->order, o->seed, index, x, y, B, T);
+        next_batch(data, o->order, o->seed, index, x, y, o->batch_size, T);
         m->dropout_key = random_stream(o->seed, STREAM_DROPOUT, index);
-        s.loss += forward_backward(m, x, y, B, T, 1.0 / accum) / accum;
+        m->dropout_key = numbers_from(m->dropout_key, first * m->c.C);  // [MPI]
+        expect_sums(micro == accum - 1);  // [MPI]
+        s.loss += forward_backward(m, x + first, y + first, B, T, 1.0 / ranks / accum) / accum;
     }
+    s.loss /= ranks, sum_numbers(&s.loss, 1), end_sums();  // [MPI]
     s.norm = gradient_norm(m);
     if (!isfinite(s.loss) || !isfinite(s.norm))
         fail(1, "step %ld: loss %f, gradient norm %f at learning rate %g; stopped, and not saved "
              "(a lower --learning-rate may help)", s.number, fabs(s.loss), fabs(s.norm), s.lr);
     adamw_update(m, &o->adam, s.lr, s.number, clip_scale(s.norm, o->grad_clip));
     s.seconds = seconds() - start;
-    s.rate = (double)B * T * accum / s.seconds;
+    s.rate = (double)o->batch_size * T * accum / s.seconds;
     return s;
 }
 
@@ -1435,7 +1428,7 @@ static Evaluation validate(Model *m, const Options *o, const Data *val, const To
     Evaluation part = evaluate(m, val, tokenizer, B, T, o->val_batches), e = part;
     if (last && o->val_batches) e = evaluate(m, val, tokenizer, B, T, 0);
     printf("val  %ld/%ld | ", step, o->schedule.steps);
-    if (stop_signal) {
+    if (stopping()) {
         printf("cut short\n");
         out->cut = last;
         return (Evaluation){.loss = NAN};
@@ -1468,7 +1461,7 @@ static int train(Model *m, const Options *o, const Data *data, const Data *val,
         saved = -1;
     }
     double start = seconds(), stepping = 0;  // stepping: time without validation and samples
-    while (step < steps && !stop_signal) {
+    while (step < steps && !stopping()) {
         Step s = training_step(m, o, data, step, x, y);
         Evaluation e = {.loss = NAN};
         step = s.number;
@@ -1510,6 +1503,14 @@ enum { CACHE_FULL, CACHE_LATENT, CACHE_ABSORBED };  // [ATTENTION 3]
 static const char *const cache_names[] = {"full", "latent", "absorbed", NULL};
 enum { CHUNK = 256 };  // keys to a chunk (chapter 10), a multiple of NR
 
+// What products take, and with it what a cache keeps: floats, or floats rounded to bfloat16.
+enum { FP32, BF16 };
+static const char *const precision_names[] = {"fp32", "bf16", NULL};
+static int precision;
+static inline uint16_t to_bfloat16(real x);  // chapter 13
+static inline real from_bfloat16(uint16_t x);
+static void keep_twin(const Model *m);  // its weights as bfloat16, from which decoding reads
+
 // [ATTENTION 3] Floats that a decoder keeps per token, all layers together (24).
 static long cache_floats(const Config *c, int mode) {
     return c->L * (long)(mode == CACHE_FULL ? c->kv_row + c->rope : c->kv_a_row);
@@ -1531,6 +1532,17 @@ struct Cache {
     real *q_lat, *o_lat;          // (B, NH, R+rope), (B, NH, R) absorbed
     real *kv;                     // latent: per thread (NOPE+HS, CHUNK), a head's keys and values
 };
+
+// An arena hands out consecutive pieces of one allocation. A layout function that takes its pieces
+// is run twice: with no base it only counts, then it places.
+typedef struct {
+    real *base;
+    size_t used;  // in reals
+    int overlap;  // pieces lie over each other on purpose: no gaps between them (chapter 12)
+} Arena;
+
+static real *take(Arena *arena, size_t n);                   // the next piece, n numbers
+static void arena_allocate(Arena *arena, const char *what);  // as many as were counted
 
 // [ATTENTION 3]
 static void place_cache(const Model *m, Cache *cache, Arena *arena) {
@@ -2011,8 +2023,22 @@ static void generate_command(Model *m, const Options *o, const Tokenizer *tokeni
 }
 
 // ######## PART III: MACHINERY ###################################################################
+// What it needs of chapter 18:
+typedef struct Inputs Inputs;
+static void begin_ranks(void);
+static void agree(int argc, char **argv, const Inputs *in);  // that all ranks do the same, or fail
+static Model *share_model(Model *m, long *done);  // rank 0's, which has done so many steps
+static void share(void *p, size_t bytes);  // rank 0's bytes go to all
+static void continue_sums(void);           // for an MPI that works only when it is called
+static void wait_to_fail(int status);      // others may fail of the same: one line is enough
 
 // ==== 12  MEMORY ================================================================================
+static uint32_t hash_bytes(const void *bytes, long n) {  // FNV-1a
+    uint32_t hash = 2166136261u;
+    for (long i = 0; i < n; i++) hash = (hash ^ ((const unsigned char *)bytes)[i]) * 16777619u;
+    return hash;
+}
+
 static volatile sig_atomic_t line_is_drawn;  // and a terminal's cursor stands in it
 
 static int takes_output(int fd) {  // without waiting for a reader
@@ -2025,6 +2051,7 @@ static void print_error(const char *format, va_list args) {
     if (stop_signal && !takes_output(2)) return;
     if (line_is_drawn) fputc('\n', stderr);
     line_is_drawn = 0;
+    if (rank) fprintf(stderr, "rank %d of ", rank);  // [MPI]
     fputs("train_gpt2_mla: ", stderr);
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
@@ -2032,6 +2059,7 @@ static void print_error(const char *format, va_list args) {
 
 static void fail(int status, const char *format, ...) {
     va_list args;
+    wait_to_fail(status);  // [MPI]
     va_start(args, format);
     print_error(format, args);
     va_end(args);
@@ -2390,7 +2418,10 @@ static void pack_pairs(real *panels, const real *src, long line, long deep, int 
         }
 }
 
-#ifdef __AMX_BF16__
+#if defined __AMX_BF16__ && defined __linux__
+#include <immintrin.h>
+#include <sys/syscall.h>
+long syscall(long number, ...);  // unistd.h has it among extensions only
 // c, 32 x 32, = start + a b, from a panel of each, whole 32s deep. Two tiles of each: with 4 sums
 // at work at a time, loads (8 cycles a tile) stay behind products.
 static void multiply_pairs(const uint32_t *a, const uint32_t *b, long depth, real *c, long c_row,
@@ -2708,6 +2739,7 @@ static void multiply_shared(real *c, long c_row, Mat a, Mat b, int M, int N, int
                             min_int(NR, n - j));
             for (int u; (u = next_unit(taken, units)) < units;) {
                 int i = u * height;
+                continue_sums();  // [MPI]
                 multiply_rows(c + i * c_row + j0, c_row, a, i, k, shared, panel_size(kc),
                               min_int(height, M - i), n, kc,
                               start ? start + i * start_row + j0 : NULL, start_row);
@@ -2751,10 +2783,12 @@ static void matmul(real *c, long c_row, Mat a, Mat b, int M, int N, int K,
         int height = round_up((M - 1) / groups + 1, MR);
         #pragma omp parallel for collapse(2) schedule(dynamic)
         for (int i = 0; i < M; i += height)
-            for (int j = 0; j < N; j += width)
+            for (int j = 0; j < N; j += width) {
+                continue_sums();  // [MPI]
                 multiply_alone(c + i * c_row + j, c_row, mat_from(a, i, 0), mat_from(b, 0, j),
                                min_int(height, M - i), min_int(width, N - j), K,
                                start ? start + i * start_row + j : NULL, start_row);
+            }
     } else
         multiply_shared(c, c_row, a, b, M, N, K, start, start_row);
 }
@@ -3708,7 +3742,7 @@ static void print_step(const Step *s, const Options *o, double eta, int stays) {
     struct winsize window;
     static int begun;
     long steps = o->schedule.steps, every = o->print_every;
-    int terminal = isatty(1);
+    int terminal = ranks == 1 && isatty(1);  // [MPI] mpirun puts one even before a file
     int width = terminal && !ioctl(1, TIOCGWINSZ, &window) ? window.ws_col : 0;
     if (!every) every = terminal ? LONG_MAX : steps < 200 ? 1 : steps / 100;
     stays = stays && s->number % every != 0;
@@ -3794,17 +3828,18 @@ static void print_model(FILE *f, const Model *m, int cache) {  // [ATTENTION 1]
 static void on_signal(int number) {
     static const char said[] = "\ntrain_gpt2_mla: stopping after this step; again, in a "
                                "second: at once, unsaved\n";
-    static volatile sig_atomic_t first;  // in milliseconds; set before stop_signal
+    static volatile sig_atomic_t first;  // in milliseconds
     struct timespec now;
     int error = errno;
     clock_gettime(CLOCK_MONOTONIC, &now);
     unsigned ms = (unsigned)now.tv_sec * 1000 + now.tv_nsec / 1000000;
     int counts = number == SIGINT || number == SIGTERM || number == SIGHUP;
-    if (stop_signal && counts && ms - (unsigned)first >= 1000) _exit(128 + number);
-    if (!stop_signal) {
+    if (first && counts && ms - (unsigned)first >= 1000) _exit(128 + number);
+    if (!first) {
         first = ms, stop_signal = number;
         int from = !line_is_drawn;  // its first newline ends a drawn line
-        if (takes_output(2) && write(2, said + from, sizeof said - 1 - from) > 0) line_is_drawn = 0;
+        int says = ranks == 1 && takes_output(2);  // [MPI] else it may be that mpirun ends them all
+        if (says && write(2, said + from, sizeof said - 1 - from) > 0) line_is_drawn = 0;
     }
     errno = error;
 }
@@ -3970,7 +4005,7 @@ static void print_kept(const Options *o) {
 
 static int save_run(Outputs *out, Model *m, const Options *o, const int *x, const int *y,
                     long step) {
-    double loss = forward_loss(m, x, y, o->batch_size, o->seq_len);
+    double loss = forward_loss(m, x, y, o->batch_size / ranks, o->seq_len);
     int finite = 1;
     for (int set = 0; set < 3; set++)
         for (size_t i = 0; i < m->n_params; i++) finite &= !!isfinite(set_of(m, set)[i]);
@@ -4219,12 +4254,12 @@ static void check_options(void) {
 
 // --- Data: what was named, else tinyshakespeare if prepared, else this program's own text
 
-typedef struct {
+struct Inputs {
     Data train, val;        // n = 0: none
     Tokenizer tokenizer;
     int named;              // whether the command line names the tokenizer
     int own_text, prepared; // whether data is this program's own text, or the prepared default
-} Inputs;
+};
 
 // More of them only learn this program's own text by heart.
 static void check_schedule(const Inputs *in) {
@@ -4428,6 +4463,7 @@ static void print_inputs(const Inputs *in, const Model *m) {
 int main(int argc, char **argv) {
     for (int fd = 0; fd < 3; fd++)  // one that was closed must not become that of a file
         if (fcntl(fd, F_GETFD) == -1 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd) return 1;
+    begin_ranks();  // [MPI]
     parse_options(argc, argv);
     if (opt.help) return print_help(), 0;
     check_options();
@@ -4436,11 +4472,13 @@ int main(int argc, char **argv) {
     int status = 0;
     Inputs in = open_inputs();
     check_schedule(&in);
-    Model *m = open_model(&in, &done);
+    agree(argc, argv, &in);  // [MPI]
+    Model *m = share_model(rank ? NULL : open_model(&in, &done), &done);
     check_inputs(&in, m);
-    if (!generating()) model_reserve(m, opt.batch_size, opt.seq_len, updating());
+    if (!generating()) model_reserve(m, opt.batch_size / ranks, opt.seq_len, updating());
     Outputs out = {0};
     if (training()) out = open_outputs(&opt, m, settings(&in.train), &in.val, done);
+    share(&out.validated, sizeof out.validated);  // [MPI]
     if (!generating()) print_inputs(&in, m);
 
     if (generating()) generate_command(m, &opt, &in.tokenizer);
@@ -4510,3 +4548,155 @@ static int unicode_class(int code) {
             }
     return classes[code];
 }
+
+// ==== 18  RANKS =================================================================================
+// Data parallelism: every rank has the whole model, and computes its rows of every micro-batch with
+// the dropout that they have in one process. The gradient of the batch's mean loss is the sum of
+// what the ranks have; from that sum each makes the same update, bit for bit, so that weights stay
+// the same without being sent. Memory for weights and moments is not saved, only for activations.
+//
+// An all-reduce leaves with each of n ranks the sum of what S bytes each had. In a ring, every rank
+// passes an n-th of S on to the next and adds to its own what arrives from the one before; after
+// n-1 times each has an n-th of the sum, and n-1 times more, without adding, bring it to all. So a
+// rank sends 2 (n-1)/n S bytes: nearly the same for any n, which is why this scales. What grows
+// with n is latency, paid 2 (n-1) times.
+//
+// A layer's gradients are complete when the backward of the last micro-batch leaves it. Their sum,
+// one bucket, is under way while the layers below are computed: of all of it a step waits only for
+// what takes longer than they do, and for the bucket of layer 0, with the embedding, at the end.
+
+static uint64_t numbers_from(uint64_t key, uint64_t n) {
+    return key + n * 0x9E3779B97F4A7C15u;  // random_bits(key, n + i) is random_bits(this, i)
+}
+
+#ifdef USE_MPI
+#include <mpi.h>
+#define NUMBER (sizeof(real) == sizeof(float) ? MPI_FLOAT : MPI_DOUBLE)
+static MPI_Request *sums;  // one by layer, under way or MPI_REQUEST_NULL
+static int n_sums, last_backward, failed;
+
+// Layer l's part of params, grads and moments; 0: and that of what lies outside the layers.
+static size_t bucket(const Model *m, int l, int *size) {
+    size_t from = l ? m->w[l][LN1_W] - m->params : 0;
+    size_t to = l < m->c.L - 1 ? (size_t)(m->w[l + 1][LN1_W] - m->params) : m->n_reals;
+    if (to - from > INT_MAX)
+        fail(1, "layer %d: %zu parameters, MPI counts to %d", l, to - from, INT_MAX);
+    *size = to - from;
+    return from;
+}
+
+static void expect_sums(int last) { last_backward = last; }
+
+static void begin_sum(const Model *m, int l) {
+    int size;
+    if (ranks == 1 || !last_backward) return;
+    if (!sums) sums = allocate(m->c.L * sizeof *sums, "requests");
+    real *g = m->grads + bucket(m, l, &size);
+    MPI_Iallreduce(MPI_IN_PLACE, g, size, NUMBER, MPI_SUM, MPI_COMM_WORLD, &sums[n_sums++]);
+}
+
+static void continue_sums(void) {  // from a product's threads: MPI is promised the first alone
+    int done;
+    if (n_sums && !omp_get_thread_num()) MPI_Testall(n_sums, sums, &done, MPI_STATUSES_IGNORE);
+}
+
+static void end_sums(void) {
+    if (n_sums) MPI_Waitall(n_sums, sums, MPI_STATUSES_IGNORE);
+    n_sums = 0;
+}
+
+static void sum_numbers(double *x, int n) {
+    if (ranks > 1) MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_SUM, MPI_COMM_WORLD);
+}
+
+static int stopping(void) {
+    int any = stop_signal;
+    if (ranks > 1) MPI_Allreduce(MPI_IN_PLACE, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD);
+    if (any) stop_signal = any;
+    return any;
+}
+
+static void share(void *p, size_t bytes) { MPI_Bcast(p, bytes, MPI_BYTE, 0, MPI_COMM_WORLD); }
+
+// --- The beginning: all ranks do the same, with weights and moments that only rank 0 reads
+
+static void agree(int argc, char **argv, const Inputs *in) {
+    static const char *const what[] = {"program", "command line", "training data",
+                                       "validation data", "tokenizer"};
+    enum { N = sizeof what / sizeof *what };
+    static const char program[] = "/proc/self/exe";  // where there is none, builds are not compared
+    uint32_t mine[N] = {0}, (*all)[N] = allocate(ranks * sizeof *all, "ranks");
+    size_t size;
+    if (generating() && ranks > 1) fail(2, "--generate: expected one rank, found %d", ranks);
+    if (opt.batch_size % ranks)
+        fail(2, "--batch-size %d: expected a multiple of the number of ranks, %d", opt.batch_size,
+             ranks);
+    unsigned char *bytes = access(program, R_OK) ? NULL : read_file(program, &size);
+    if (bytes) mine[0] = hash_bytes(bytes, size);
+    for (int i = 1; i < argc; i++) mine[1] = 31 * mine[1] + hash_bytes(argv[i], strlen(argv[i]));
+    mine[2] = hash_bytes(in->train.tokens, in->train.n * (long)sizeof(uint16_t));
+    mine[3] = hash_bytes(in->val.tokens, in->val.n * (long)sizeof(uint16_t));
+    mine[4] = hash_bytes(in->tokenizer.bytes, in->tokenizer.start[in->tokenizer.V]);
+    MPI_Gather(mine, sizeof mine, MPI_BYTE, all, sizeof mine, MPI_BYTE, 0, MPI_COMM_WORLD);
+    for (int r = 1; r < ranks && !rank; r++)
+        for (int i = 0; i < N; i++)
+            if (all[r][i] != mine[i])
+                fail(1, "rank %d: its %s (hash %08x) is not that of rank 0 (%08x)", r, what[i],
+                     all[r][i], mine[i]);
+    free(bytes), free(all);
+    if (rank) opt.log = opt.save = opt.save_best = NULL, opt.resume = opt.sample_every = 0;
+    int rows = opt.batch_size / ranks;
+    if (ranks > 1) printf("%d ranks, each with %d rows of a batch\n", ranks, rows);
+}
+
+static Model *share_model(Model *m, long *done) {
+    Config c = {0};
+    int size;
+    if (m) c = m->c;
+    share(&c, sizeof c), share(done, sizeof *done), share(&opt.seq_len, sizeof opt.seq_len);
+    if (!m) m = model_create(&c, updating());
+    for (int set = 0; set < (updating() ? 3 : 1); set++)
+        for (int l = 0; l < c.L; l++) {
+            real *x = set_of(m, set) + bucket(m, l, &size);
+            MPI_Bcast(x, size, NUMBER, 0, MPI_COMM_WORLD);
+        }
+    return m;
+}
+
+// --- The end. Who fails takes all along. What fails on every rank is said once, by rank 0: others
+//     wait a while before they speak, and it ends them.
+
+static void wait_to_fail(int status) {
+    failed = status;
+    signal(SIGTERM, SIG_DFL);
+    if (rank) poll(NULL, 0, 1000 + 100 * min_int(rank, 20));
+}
+
+static void end_ranks(void) {
+    if (failed && ranks > 1) MPI_Abort(MPI_COMM_WORLD, failed);
+    MPI_Finalize();
+}
+
+static void begin_ranks(void) {
+    int level;
+    // Open MPI would send all of S log2(n) times for a sum in place; 1 is the ring.
+    setenv("OMPI_MCA_coll_libnbc_iallreduce_algorithm", "1", 0);
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &ranks);
+    atexit(end_ranks);
+    if (rank && !freopen("/dev/null", "w", stdout)) fail(1, "/dev/null: cannot open");
+}
+#else  // one rank waits for nobody
+static void expect_sums(int last) { (void)last; }
+static void begin_sum(const Model *m, int l) { (void)m, (void)l; }
+static void continue_sums(void) {}
+static void end_sums(void) {}
+static void sum_numbers(double *x, int n) { (void)x, (void)n; }
+static int stopping(void) { return stop_signal; }
+static void begin_ranks(void) {}
+static void agree(int argc, char **argv, const Inputs *in) { (void)argc, (void)argv, (void)in; }
+static Model *share_model(Model *m, long *done) { return (void)done, m; }
+static void share(void *p, size_t bytes) { (void)p, (void)bytes; }
+static void wait_to_fail(int status) { (void)status; }
+#endif

@@ -7,6 +7,7 @@ mistakes are such as one makes: a sign, a dropped term, a wrong index, stride or
 
     dev/test/mutate.py                             all of them, some hours on two cores
     dev/test/mutate.py rotate attention_backward   those in functions (tables, macros) so named
+    dev/test/mutate.py --mpi                       those in training over MPI
     dev/test/mutate.py --check                     only see whether the table still fits the source
     dev/test/mutate.py --jobs 4                    four at a time
 
@@ -502,13 +503,13 @@ MUTATIONS = [
     ("evaluate", "full - window < B ? full - window : B", "B",
      "a batch reaches past the full windows"),
     ("evaluate", "i * batches / taken * B", "i * B", "the first batches, not spread over the data"),
-    ("evaluate", "sum / e.tokens", "sum / (d->n - 1)", "some batches averaged as all"),
-    ("evaluate", "sum / log(2)", "sum", "nats for bits"),
+    ("evaluate", "*loss / *tokens", "*loss / (d->n - 1)", "some batches averaged as all"),
+    ("evaluate", "*loss / log(2)", "*loss", "nats for bits"),
     ("evaluate", "token_bytes(tokenizer, y[k])", "1", "bytes per token"),
     ("training_step", "done * accum + micro", "done", "one micro-batch again and again"),
     ("training_step", "STREAM_DROPOUT, index", "STREAM_DROPOUT, micro",
      "the same numbers dropped in every step"),
-    ("training_step", "B, T, 1.0 / accum", "B, T, 1", "gradients summed over micro-batches"),
+    ("training_step", "1.0 / ranks / accum", "1.0 / ranks", "gradients summed over micro-batches"),
     ("training_step", "learning_rate_at(&o->schedule, done)",
      "learning_rate_at(&o->schedule, done + 1)", "schedule a step ahead"),
     ("training_step", "clip_scale(s.norm, o->grad_clip)", "1", "no clipping"),
@@ -519,7 +520,7 @@ MUTATIONS = [
      "        step = s.number += done;",
      "a resumed run starts data and schedule and corrects its bias again"),
     ("train", "long step = done", "long step = 0", "a resumed run starts again"),
-    ("train", "step < steps && !stop_signal", "step < steps", "signals do not stop the run"),
+    ("train", "step < steps && !stopping()", "step < steps", "signals do not stop the run"),
 
     # --- 9: the cache
     ("cache_mode", "? CACHE_ABSORBED :", "? CACHE_LATENT :", "mla does not absorb by itself"),
@@ -589,8 +590,8 @@ MUTATIONS = [
      "rows of all sequences in one place"),
 
     # --- 10: one query
-    ("query_chunk", "a->rope, s,\n                   CHUNK)", "a->rope, NULL,\n                   0)",
-     "rotary scores overwrite the others"),
+    ("query_chunk", "a->rope, s,\n                   CHUNK)",
+     "a->rope, NULL,\n                   0)", "rotary scores overwrite the others"),
     ("query_chunk", "s + r * CHUNK, *end", "s, *end", "softmax of the first query for all"),
     ("query_chunk", "exp_row(sr, n, score_scale(&m->c), end[0])",
      "exp_row(sr, n, score_scale(&m->c), 0)", "maximum not taken off"),
@@ -949,8 +950,8 @@ MUTATIONS = [
     ("next_batch", "d->tokens[from + t + 1]", "d->tokens[from + t]", "targets not shifted"),
 
     # --- 14: checkpoints
-    ("config_keys", "offsetof(Config, NOPE), NULL, default_nope", "offsetof(Config, RD), NULL, default_nope",
-     "nope_dim is rope_dim"),
+    ("config_keys", "offsetof(Config, NOPE), NULL, default_nope",
+     "offsetof(Config, RD), NULL, default_nope", "nope_dim is rope_dim"),
     ("set_of", "set == 1 ? m->adam_m : m->adam_v", "set == 2 ? m->adam_m : m->adam_v",
      "moments swapped in the file"),
     ("check_replaceable", "!S_ISREG(st.st_mode)", "0", "replaces a device or a folder"),
@@ -988,10 +989,11 @@ MUTATIONS = [
     ("on_signal", "_exit(128 + number)", "return", "a second signal waits like the first"),
     ("on_signal", ">= 1000)", ">= 0)", "a signal that comes twice ends at once"),
     ("on_signal", "first = ms, ", "", "when the first came is forgotten"),
-    ("on_signal", "takes_output(2) && write", "0 && write", "a stop is not said at once"),
-    ("on_signal", "stop_signal && counts &&", "stop_signal &&",
+    ("on_signal", "says && write", "0 && write", "a stop is not said at once"),
+    ("on_signal", "first && counts &&", "first &&",
      "a limit of time that comes again ends at once"),
-    ("catch_signals", "{.sa_handler = on_signal}", "{.sa_handler = on_signal, .sa_flags = SA_RESTART}",
+    ("catch_signals", "{.sa_handler = on_signal}",
+     "{.sa_handler = on_signal, .sa_flags = SA_RESTART}",
      "a reader that does not read holds a stop up"),
     ("flush_output", "!stop_signal || takes_output(1)", "1",
      "a reader that does not read holds the last save up"),
@@ -1002,8 +1004,8 @@ MUTATIONS = [
     ("catch_signals", "signals[i] == SIGINT ||", "", "an interrupt of a run in the background"),
     ("catch_signals", "was.sa_handler != SIG_IGN", "1", "nohup is not respected"),
     ("flush_output", "!lost++", "1", "a reader that ended is said again and again"),
-    ("evaluate", " && !stop_signal", "", "a stop waits for the validation's end"),
-    ("validate", "if (stop_signal)", "if (0)", "a validation cut short counts"),
+    ("evaluate", " && !stopping()", "", "a stop waits for the validation's end"),
+    ("validate", "if (stopping())", "if (0)", "a validation cut short counts"),
     ("validate", "if (!isfinite(e.loss))", "if (0)", "NaN in a validation"),
     ("validate", "part.loss < out->best", "part.loss > out->best", "the highest loss"),
     ("validate", "if (part.loss < out->best)", "if (e.loss < out->best)",
@@ -1103,6 +1105,7 @@ MUTATIONS = [
      "--eval does not name its data"),
     ("main",
      "    if (training()) out = open_outputs(&opt, m, settings(&in.train), &in.val, done);\n"
+     "    share(&out.validated, sizeof out.validated);  // [MPI]\n"
      "    if (!generating()) print_inputs(&in, m);\n",
      "    if (!generating()) print_inputs(&in, m);\n"
      "    if (training()) out = open_outputs(&opt, m, settings(&in.train), &in.val, done);\n",
@@ -1117,6 +1120,37 @@ OVERRUNS = [
      "room for one head's gradient of the rotary key"),
     ("place_cache", "absorbed * B * NH * c->kv_a_row", "absorbed * B * NH * c->R",
      "room for absorbed queries without their rotary part"),
+]
+
+# Mistakes in training over MPI, which mpi_test.py must notice.
+MPI = [
+    ("training_step", "rank * B * T", "0 * B * T", "every rank takes the first rows"),
+    ("training_step", "first * m->c.C", "0", "every rank drops what the first drops"),
+    ("training_step", "expect_sums(micro == accum - 1)", "expect_sums(1)",
+     "micro-batches are summed over ranks again and again"),
+    ("training_step", "1.0 / ranks / accum", "1.0 / accum", "gradients of a mean are summed"),
+    ("training_step", "sum_numbers(&s.loss, 1), ", "", "the loss of rank 0's rows is reported"),
+    ("forward_backward", "if (l) begin_sum(m, l)", "begin_sum(m, l)",
+     "what lies outside the layers is summed before it is complete"),
+    ("forward_backward", "    begin_sum(m, 0);  // [MPI]\n", "",
+     "what lies outside the layers is not summed"),
+    ("bucket", "l < m->c.L - 1 ?", "l < m->c.L - 2 ?", "two buckets overlap"),
+    ("evaluate", "rows * (rank + 1) / ranks - before", "rows / ranks",
+     "rows that ranks do not share evenly are left out"),
+    ("evaluate", "sum_numbers(sums, 3)", "sum_numbers(sums, 1)", "tokens of one rank alone"),
+    ("numbers_from", "key + n *", "key + 2 * n *", "rows of a rank drop what others' do"),
+    ("stopping", "if (any) stop_signal = any;", "", "the last line does not name the signal"),
+    ("agree", "if (all[r][i] != mine[i])", "if (i != 1 && all[r][i] != mine[i])",
+     "command lines are not compared"),
+    ("agree", "mine[2] = ", "mine[2] = 0 * ", "data is not compared"),
+    ("agree", "opt.batch_size % ranks", "0", "ranks that do not divide the batch"),
+    ("share_model", "updating() ? 3 : 1", "1", "moments of a resumed run stay with rank 0"),
+    ("share_model", "share(done, sizeof *done), ", "", "other ranks begin again"),
+    ("end_ranks", "if (failed && ranks > 1)", "if (0)", "others wait for a rank that failed"),
+    ("wait_to_fail", "if (rank)", "if (0)", "what fails everywhere is said by all"),
+    ("main", "rank ? NULL : ", "", "every rank reads the checkpoint"),
+    ("main", "    share(&out.validated, sizeof out.validated);  // [MPI]\n", "",
+     "a validation cut short is made again by rank 0 alone"),
 ]
 
 # Changes that change no result, to show that the tests do not just always fail; `what` is why.
@@ -1139,6 +1173,8 @@ def mutant(source, name, old, new):
     head = rf"(?:static|int)\b[^;{{}}()]*\b{name}(?:\(|\[| =)[^;{{}}]*\{{"
     body = r"(?:.*\};?(?: *//.*)?$|(?s:.*?)^\})"
     found = re.findall(rf"^(?:{head}{body}|#define {name}\(.*$)", source, re.M)
+    if len(found) > 1:  # one for MPI and one without
+        found = [text for text in found if old in text]
     if len(found) != 1:
         raise LookupError(f"{name}: {len(found)} definitions, expected one")
     count = found[0].count(old)
@@ -1149,11 +1185,12 @@ def mutant(source, name, old, new):
 
 def start(folder, *command):
     return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, text=True, errors="replace",
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            start_new_session=True)
 
 
 def first_failure(test, limit):
-    """What the first line that begins with FAILED says; "" if the tests pass within `limit` seconds."""
+    """What the first line that begins with FAILED says; "" if the tests pass in `limit` seconds."""
     stop = lambda: os.killpg(test.pid, signal.SIGKILL)  # with all that it has started
     timer = threading.Timer(limit, stop)
     timer.start()
@@ -1170,18 +1207,22 @@ def first_failure(test, limit):
     return failure
 
 
-def verdict(tree, source, limit=3600, flags=CFLAGS):
-    """The first check that fails on `source` in a copy of `tree`, "" if all pass; and the seconds that took.
+def verdict(tree, source, limit=3600, flags=CFLAGS, mpi=False):
+    """The first check that fails on `source` in a copy of `tree`, "" if all pass; and the seconds.
 
     The tests in double come first: most mistakes are noticed there, and nothing else is built then.
+    With `mpi`, mpi_test.py alone, which builds for itself.
     """
+    tests = [(["test_mla_double"], ["./test_mla_double"]),
+             ([SOURCE.removesuffix(".c"), "test_mla"], ["make", "test", CFLAGS])]
+    if mpi:
+        tests = [([".flags"], ["python3", "-u", "dev/test/mpi_test.py", "--kills", "1"])]
     began = time.time()
     with tempfile.TemporaryDirectory(prefix="mutate_") as folder:
         copy = shutil.copytree(tree, Path(folder) / "copy")
         (copy / SOURCE).write_text(source)
         failure = ""
-        for targets, test in [(["test_mla_double"], ["./test_mla_double"]),
-                              ([SOURCE.removesuffix(".c"), "test_mla"], ["make", "test", CFLAGS])]:
+        for targets, test in tests:
             build = start(copy, "make", *targets, flags, *["OMP="] * (flags == SANITIZE))
             output = build.communicate()[0]
             if build.returncode:
@@ -1193,15 +1234,23 @@ def verdict(tree, source, limit=3600, flags=CFLAGS):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("functions", nargs="*", help="only mistakes in these functions")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time (1)")
-    parser.add_argument("--check", action="store_true", help="only see whether the table fits the source")
+    parser.add_argument("--mpi", action="store_true", help="only mistakes in training over MPI")
+    parser.add_argument("--check", action="store_true",
+                        help="only see whether the table fits the source")
     options = parser.parse_args()
 
     source = (ROOT / SOURCE).read_text()
-    table = [(*entry, False) for entry in MUTATIONS + OVERRUNS] + [(*entry, True) for entry in HARMLESS]
-    errors = [f"{name}: no such function in the table" for name in set(options.functions) - {entry[0] for entry in table}]
+    mistakes = MPI if options.mpi else MUTATIONS + OVERRUNS
+    table = ([(*entry, False) for entry in mistakes]
+             + [(*entry, True) for entry in HARMLESS * (not options.mpi)])
+    if options.check:
+        table += [(*entry, False) for entry in MPI]
+    errors = [f"{name}: no such function in the table"
+              for name in set(options.functions) - {entry[0] for entry in table}]
     mutants = []
     for name, old, new, what, harmless in table:
         try:
@@ -1210,10 +1259,12 @@ def main():
         except LookupError as error:
             errors.append(str(error))
     if errors:
-        print(f"dev/test/mutate.py: the table does not fit {SOURCE}; bring it up to date:", *errors, sep="\n  ", file=sys.stderr)
+        print(f"dev/test/mutate.py: the table does not fit {SOURCE}; bring it up to date:",
+              *errors, sep="\n  ", file=sys.stderr)
         return 2
     if options.check:
-        print(f"{len(MUTATIONS + OVERRUNS)} mistakes and {len(HARMLESS)} harmless changes fit {SOURCE}")
+        print(f"{len(MUTATIONS + OVERRUNS + MPI)} mistakes and {len(HARMLESS)} harmless changes "
+              f"fit {SOURCE}")
         return 0
     if options.functions:
         mutants = [entry for entry in mutants if entry[0] in options.functions]
@@ -1224,15 +1275,16 @@ def main():
         built = ("train_gpt2_mla", "test_mla", "test_mla_double", ".flags")
         others = (".git", ".ci", "data", "figures", "*.md", "fuzz", "pytorch", "speed")
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*built, *others))
-        failure, took = verdict(tree, source)
+        failure, took = verdict(tree, source, mpi=options.mpi)
         if failure:
-            print(f"dev/test/mutate.py: the tests do not pass on {SOURCE} as it is: {failure}", file=sys.stderr)
+            print(f"dev/test/mutate.py: the tests do not pass on {SOURCE} as it is: {failure}",
+                  file=sys.stderr)
             return 2
         print(f"{'':9} passes {took:5.1f} s  {SOURCE} as it is", flush=True)
         pool = concurrent.futures.ThreadPoolExecutor(options.jobs)
         try:
-            running = {pool.submit(verdict, tree, text, PATIENCE * took, flags): (name, what, harmless)
-                       for name, what, harmless, flags, text in mutants}
+            running = {pool.submit(verdict, tree, text, PATIENCE * took, flags, options.mpi):
+                       (name, what, harmless) for name, what, harmless, flags, text in mutants}
             for done, future in enumerate(concurrent.futures.as_completed(running), 1):
                 name, what, harmless = running[future]
                 try:
@@ -1247,11 +1299,13 @@ def main():
                 else:
                     caught, missed = caught + (failure != ""), missed + (failure == "")
                     result = "caught" if failure else "MISSED"
-                print(f"{done:4}/{len(mutants):<4} {result} {took:5.1f} s  {name}: {what}{failure and ' | ' + failure}", flush=True)
+                print(f"{done:4}/{len(mutants):<4} {result} {took:5.1f} s  {name}: {what}"
+                      f"{failure and ' | ' + failure}", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
     if wrong:
-        print(f"{wrong} errors of the table: changes that do not compile, or harmless ones that are caught")
+        print(f"{wrong} errors of the table: changes that do not compile, or harmless ones that "
+              "are caught")
     print(f"{caught} caught, {missed} missed")
     return 2 if wrong else 1 if missed else 0
 
