@@ -4,12 +4,14 @@ Tests of train_gpt2_mla.c, which is included below: `make test`. They need a C c
 The same tests are built twice. test_mla computes in float, as training does; test_mla_double
 (-DREAL_DOUBLE) in double, where rounding is out of the way: there finite differences check
 every gradient, so that an attention of your own can be trusted without another framework.
-test_mla runs test_mla_double, dev/test/bad_input.sh (bad input) and dev/test/runs.sh (signals, files)
-too and adds up; its last line is `N passed, M failed`.
+test_mla runs test_mla_double, dev/test/bad_input.sh (bad input) and dev/test/runs.sh (signals,
+files) too and adds up; its last line is `N passed, M failed`. `./test_mla decoding batches` runs
+these groups alone.
 
     matrix product, exp       against plain loops and libm
-    reference dumps           dev/test/reference/: logits, loss, gradients and 10 AdamW steps of every
-                              kind of attention, computed in PyTorch by dev/pytorch/make_reference.py
+    reference dumps           dev/test/reference/: logits, loss, gradients and 10 AdamW steps of
+                              every kind of attention, computed in PyTorch by
+                              dev/pytorch/make_reference.py
     finite differences        of the loss, along directions in every parameter tensor (double)
     gradient accumulation, threads, batches, evaluation, schedule, dropout, sampling, files
 */
@@ -41,7 +43,8 @@ static void check(const char *what, const char *detail, int holds) {
 // The larger of two errors; NaN, which fmax would pass over, is the largest.
 static double worse(double a, double b) { return a >= b || isnan(a) ? a : b; }
 
-static double relative_error(const real *x, const real *reference, size_t n) {  // ||x - ref|| / ||ref||
+// ||x - reference|| / ||reference||
+static double relative_error(const real *x, const real *reference, size_t n) {
     double error = 0, norm = 0;
     for (size_t i = 0; i < n; i++) {
         error += ((double)x[i] - reference[i]) * ((double)x[i] - reference[i]);
@@ -60,8 +63,8 @@ static const double EPS = 1.2e-7, DUMP = 1e-4;
 
 // --- Matrix product
 
-// The ways in which products are made: 0, of floats; 1, of bfloat16 by vectors; 2, by a matrix unit,
-// or by what stands in for one. Returns whether there is such a way here.
+// The ways in which products are made: 0, of floats; 1, of bfloat16 by vectors; 2, by a matrix
+// unit, or by what stands in for one. Returns whether there is such a way here.
 enum { WAYS = sizeof(real) == sizeof(float) ? 3 : 1 };
 static const char *const way_names[] = {"fp32", "bf16 by vectors", "bf16 by tiles"};
 
@@ -93,7 +96,8 @@ static void test_rounding(void) {
 }
 
 // c = start + a b by definition, and the sum of |terms| of each element, which bounds the error
-static void matmul_plain(double *c, double *size, Mat a, Mat b, int M, int N, int K, const real *start, long start_row) {
+static void matmul_plain(double *c, double *size, Mat a, Mat b, int M, int N, int K,
+                         const real *start, long start_row) {
     #pragma omp parallel for
     for (int i = 0; i < M; i++)
         for (int j = 0; j < N; j++) {
@@ -108,17 +112,22 @@ static void matmul_plain(double *c, double *size, Mat a, Mat b, int M, int N, in
 }
 
 static void test_matmul_way(int way) {
-    static const int shapes[][3] = {{1, 1, 1}, {1, 7, 5}, {2, 3, 400}, {5, 33, 1}, {6, 16, 8}, {7, 17, 9}, {8, 32, 384},
-        {13, 64, 385}, {63, 31, 100}, {64, 129, 70}, {65, 1, 65}, {97, 75, 33}, {3, 2050, 270}, {66, 40, 800}, {9, 270, 30},
-        {130, 300, 9}, {3, 5, 40000}, {1, 9, 17000}, {530, 33, 260}, {600, 70, 260}, {1291, 1300, 2}, {1030, 1040, 260}, {600, 1040, 530}};
+    static const int shapes[][3] = {
+        {1, 1, 1}, {1, 7, 5}, {2, 3, 400}, {5, 33, 1}, {6, 16, 8}, {7, 17, 9}, {8, 32, 384},
+        {13, 64, 385}, {63, 31, 100}, {64, 129, 70}, {65, 1, 65}, {97, 75, 33}, {3, 2050, 270},
+        {66, 40, 800}, {9, 270, 30}, {130, 300, 9}, {3, 5, 40000}, {1, 9, 17000}, {530, 33, 260},
+        {600, 70, 260}, {1291, 1300, 2}, {1030, 1040, 260}, {600, 1040, 530}};
     int threads = omp_get_max_threads();
     for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
         int M = shapes[s][0], N = shapes[s][1], K = shapes[s][2], pad = 3;
         long c_row = N + pad;  // rows of c lie apart: what is between them must stay
-        real *a = allocate(M * K * sizeof(real), "a"), *b = allocate((K * N + NR) * sizeof(real), "b");
-        real *c = allocate(M * c_row * sizeof(real), "c"), *once = allocate(M * c_row * sizeof(real), "c");
+        real *a = allocate(M * K * sizeof(real), "a");
+        real *b = allocate((K * N + NR) * sizeof(real), "b");
+        real *c = allocate(M * c_row * sizeof(real), "c");
+        real *once = allocate(M * c_row * sizeof(real), "c");
         real *bias = allocate(N * sizeof(real), "bias");
-        double *expected = allocate(M * N * sizeof(double), "c"), *size = allocate(M * N * sizeof(double), "c");
+        double *expected = allocate(M * N * sizeof(double), "c");
+        double *size = allocate(M * N * sizeof(double), "c");
         for (int i = 0; i < M * K; i++) a[i] = random_normal(1, i);
         for (int i = 0; i < K * N; i++) b[i] = random_normal(2, i);
         for (int i = 0; i < N; i++) bias[i] = random_normal(3, i);
@@ -127,10 +136,11 @@ static void test_matmul_way(int way) {
         for (int i = 0; i < K * N; i++) rb[i] = way ? rounded(b[i]) : b[i];
         uint16_t *half = allocate(K * N * sizeof *half, "b");
         for (int i = 0; i < K * N; i++) half[i] = to_bfloat16(b[i]);
-        // every pair of transposes; start from zero, from a bias, from c; then the one for few rows,
-        // and that with b kept as bfloat16
+        // every pair of transposes; start from zero, from a bias, from c; then the one for few
+        // rows, and that with b kept as bfloat16
         for (int variant = 0; variant < 4 * (way ? 9 : 6); variant++) {
-            Mat A = variant & 1 ? transposed(a, M) : rows_of(a, K), B = variant & 2 ? transposed(b, K) : rows_of(b, N);
+            Mat A = variant & 1 ? transposed(a, M) : rows_of(a, K);
+            Mat B = variant & 2 ? transposed(b, K) : rows_of(b, N);
             int kind = variant / 4;
             if (kind >= 3 && variant & 1) continue;
             // The largest shapes are slow, and meant for the products that share what is packed. Of
@@ -154,8 +164,10 @@ static void test_matmul_way(int way) {
             int outside = 0;
             for (int i = 0; i < M; i++) {
                 for (int j = 0; j < N; j++)
-                    worst = worse(worst, fabs(c[i * c_row + j] - expected[i * N + j]) / (size[i * N + j] * EPS * (1 + sqrt(K))));
-                for (int j = N; j < c_row; j++) outside += c[i * c_row + j] != (real)random_normal(4, i * c_row + j);
+                    worst = worse(worst, fabs(c[i * c_row + j] - expected[i * N + j]) /
+                                         (size[i * N + j] * EPS * (1 + sqrt(K))));
+                for (int j = N; j < c_row; j++)
+                    outside += c[i * c_row + j] != (real)random_normal(4, i * c_row + j);
             }
             char detail[80];
             snprintf(detail, sizeof detail, "%s, %dx%dx%d, variant %d", way_names[way], M, N, K,
@@ -163,7 +175,8 @@ static void test_matmul_way(int way) {
             check_below("matmul: rounding errors", detail, worst, 2);
             check("matmul: writes between rows", detail, outside == 0);
             if (kind < 3 && omp_get_max_threads() > 1)  // else there was nothing to compare
-                check("matmul: same bits on 1 thread and 5", detail, !memcmp(c, once, M * c_row * sizeof(real)));
+                check("matmul: same bits on 1 thread and 5", detail,
+                      !memcmp(c, once, M * c_row * sizeof(real)));
         }
         free(a), free(b), free(ra), free(rb), free(c), free(once), free(bias), free(expected);
         free(size), free(half);
@@ -180,7 +193,8 @@ static void test_matmul(void) {
 
 static void test_exp(void) {
     double worst = 0;
-    for (double x = -60; x <= 60; x += 0.00037) worst = worse(worst, fabs(fast_exp(x) / exp((real)x) - 1));
+    for (double x = -60; x <= 60; x += 0.00037)
+        worst = worse(worst, fabs(fast_exp(x) / exp((real)x) - 1));
     check_below("fast_exp", "relative error on [-60, 60]", worst, sizeof(real) == 4 ? 2e-7 : 1e-15);
     check("fast_exp", "of NaN is NaN", isnan(fast_exp(NAN)));
     check("fast_exp", "of -1000 is about 0", fast_exp(-1000) < 1e-26);
@@ -192,7 +206,8 @@ static void test_exp(void) {
         gelu_forward(&out, &in, 1);
         worst = worse(worst, fabs(out - in / (1 + exp(-GELU_2U((double)in)))) / fabs(in));
     }
-    check_below("GELU", "error relative to x on [-12, 12]", worst, sizeof(real) == 4 ? 5e-7 : 1e-15);
+    check_below("GELU", "error relative to x on [-12, 12]", worst,
+                sizeof(real) == 4 ? 5e-7 : 1e-15);
     int wrong = 0;  // a maximum overlooked changes no softmax, until one overflows
     for (int n = 1; n <= 50; n++)
         for (int at = 0; at < n; at++) {
@@ -278,7 +293,9 @@ static void read_dump(Case *c) {
     for (Tensor *t = c->m->tensors; t < c->m->tensors + c->m->n_tensors; t++) {
         if (!checkpoint_find(&c->file, t->name)) {
             static int noted;
-            if (!noted++) printf("note: the dumps lack %s, if not more; it keeps its initial value, and no optimizer steps are compared\n", t->name);
+            if (!noted++)
+                printf("note: the dumps lack %s, if not more; it keeps its initial value, and no "
+                       "optimizer steps are compared\n", t->name);
             continue;
         }
         checkpoint_read(&c->file, t->name, c->m->params + t->offset, t->rows, t->cols);
@@ -326,7 +343,8 @@ static void test_dump(const char *path) {
     Model *m = c.m;
     int N = c.B * c.T, C = m->c.C, V = m->c.V;
     char name[96];
-    real *logits = allocate(N * V * sizeof(real), path), *logits_ref = allocate(N * V * sizeof(real), path);
+    real *logits = allocate(N * V * sizeof(real), path);
+    real *logits_ref = allocate(N * V * sizeof(real), path);
     real loss_ref, losses[10], norms[10], *g_ref = allocate(m->n_reals * sizeof(real), path);
 
     // logits are dumped as (B, T, V): the reader, which takes matrices, sees the entry flattened
@@ -339,7 +357,8 @@ static void test_dump(const char *path) {
     check_below(path, "logits", relative_error(logits, logits_ref, N * V), DUMP);
 
     checkpoint_read(&c.file, "ref.loss", &loss_ref, 1, 0);
-    double alone = forward_loss(m, c.x, c.y, c.B, c.T) / N, loss = forward_backward(m, c.x, c.y, c.B, c.T, 1);
+    double alone = forward_loss(m, c.x, c.y, c.B, c.T) / N;
+    double loss = forward_backward(m, c.x, c.y, c.B, c.T, 1);
     check_below(path, "loss", fabs(loss / loss_ref - 1), DUMP / 10);
     check_below(path, "loss without gradients", fabs(alone / loss_ref - 1), DUMP / 10);
     for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
@@ -353,9 +372,10 @@ static void test_dump(const char *path) {
     int steps = c.complete ? 10 : 0;  // tensors of your own would train along
     checkpoint_read(&c.file, "ref.losses", losses, 10, 0);
     checkpoint_read(&c.file, "ref.norms", norms, 10, 0);
-    AdamW adam = {meta_number(&c.file, "ref.beta1"), meta_number(&c.file, "ref.beta2"), meta_number(&c.file, "ref.eps"),
-                  meta_number(&c.file, "ref.weight_decay")};
-    double lr = meta_number(&c.file, "ref.learning_rate"), clip = meta_number(&c.file, "ref.grad_clip");
+    AdamW adam = {meta_number(&c.file, "ref.beta1"), meta_number(&c.file, "ref.beta2"),
+                  meta_number(&c.file, "ref.eps"), meta_number(&c.file, "ref.weight_decay")};
+    double lr = meta_number(&c.file, "ref.learning_rate");
+    double clip = meta_number(&c.file, "ref.grad_clip");
     for (int step = 0; step < steps; step++) {
         snprintf(name, sizeof name, "after %d AdamW steps", step);
         loss = forward_backward(m, c.x, c.y, c.B, c.T, 1);
@@ -426,10 +446,10 @@ static void test_decoding(const char *what, Model *m, int n, int n_prompt) {
     free(tokens), free(fed), free(full);
 }
 
-// Gradients of the dumps, in float32, from products of bfloat16. A factor is off by 2^-8 at most, two
-// together by 0.0023 in the root mean square. Some forty products lie between a batch and a gradient,
-// whose errors have any sign: sqrt(40) 0.0023 = 0.015; where a sum's terms cancel each other (biases
-// and norms add up all tokens) a few times that.
+// Gradients of the dumps, in float32, from products of bfloat16. A factor is off by 2^-8 at most,
+// two together by 0.0023 in the root mean square. Some forty products lie between a batch and a
+// gradient, whose errors have any sign: sqrt(40) 0.0023 = 0.015; where a sum's terms cancel each
+// other (biases and norms add up all tokens) a few times that.
 //
 // Errors are kept by tensor (that of all layers together) for --bf16-errors, which prints them.
 static struct { char name[64]; double errors[256]; int n; } rounding[64];
@@ -492,7 +512,9 @@ static void test_decoding_dump(const char *path) {
     case_close(&c);
 }
 
-static int by_name(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+static int by_name(const void *a, const void *b) {
+    return strcmp(*(char *const *)a, *(char *const *)b);
+}
 
 static void test_references(void) {
     char *files[64];
@@ -518,16 +540,18 @@ static void test_references(void) {
 
 #ifdef REAL_DOUBLE
 // d/dh loss(w + h u) at 0, against <gradient, u>: u is the gradient's own direction plus a random
-// one, so that no element is left out. Central differences of fourth order with h = 1e-4: truncation
-// and rounding both stay far below the bound.
-static void finite_differences(const char *what, Model *m, const int *x, const int *y, int B, int T) {
+// one, so that no element is left out. Central differences of fourth order with h = 1e-4:
+// truncation and rounding both stay far below the bound.
+static void finite_differences(const char *what, Model *m, const int *x, const int *y, int B,
+                               int T) {
     static const double at[] = {1, -1, 2, -2}, weight[] = {8, -8, -1, 1};
     const double h = 1e-4;
     clear_gradients(m);
     forward_backward(m, x, y, B, T, 1);
     for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
         real *w = m->params + t->offset, *g = m->grads + t->offset;
-        double *u = allocate(t->size * sizeof(double), what), *w0 = allocate(t->size * sizeof(double), what);
+        double *u = allocate(t->size * sizeof(double), what);
+        double *w0 = allocate(t->size * sizeof(double), what);
         double norm = 0, along = 0, slope = 0;
         for (size_t i = 0; i < t->size; i++) norm += g[i] * g[i];
         norm = sqrt(norm);
@@ -628,7 +652,8 @@ static void test_generation_with(double penalty) {
     Cache *cache = cache_create(m, CACHE_ABSORBED, B, PROMPT + N);
     Sampling how = {1, 0, 0, penalty, {0}, 0};
     int V = m->c.V, prompt[PROMPT] = {3, 14}, out[B * N], text[PROMPT + N], same = 1;
-    real *logits = allocate(((PROMPT + N) * V + V) * sizeof(real), "logits"), *scratch = logits + (PROMPT + N) * V;
+    real *logits = allocate(((PROMPT + N) * V + V) * sizeof(real), "logits");
+    real *scratch = logits + (PROMPT + N) * V;
     m->dropout = 0.5f;  // which generation must not apply
     generate(m, cache, prompt, PROMPT, N, &how, 77, NULL, out);
     m->dropout = 0;
@@ -716,7 +741,8 @@ static void test_kinds(void) {
         for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++)
             for (int r = 0; strstr(t->name, "attn") && t->cols && r < t->rows; r++) {
                 double sum = 0;
-                for (int j = 0; j < t->cols; j++) sum += fabs(m->grads[t->offset + (long)r * t->cols + j]);
+                for (int j = 0; j < t->cols; j++)
+                    sum += fabs(m->grads[t->offset + (long)r * t->cols + j]);
                 if (!(sum > 0)) check(t->name, "has a row without a gradient", 0);
             }
         free(before);
@@ -730,11 +756,11 @@ static void test_all_decoding(void) {
     test_generation();
 }
 
-// dev/test/reference/encoding_*: texts and what GPT-2's own encoder makes of them (dev/test/make_encoding_cases.py).
 // A text to stop at is complete with the token in which its last byte lies, wherever it begins.
 static void test_stops(const Tokenizer *t) {
     static const char text[] = "It is not the end; not even the beginning of the end.";
-    static const char *const stops[] = {"is not", "o", " the end;", "nning", "of the en", ".", "It", "nothing"};
+    static const char *const stops[] = {
+        "is not", "o", " the end;", "nning", "of the en", ".", "It", "nothing"};
     int tokens[sizeof text], wrong = 0;
     int n = encode(t, (const unsigned char *)text, sizeof text - 1, tokens);
     for (size_t k = 0; k < sizeof stops / sizeof *stops; k++)
@@ -746,9 +772,12 @@ static void test_stops(const Tokenizer *t) {
             wrong += completes(t, tokens, i, stops[k]) != expected;
         }
     check("stops", "are complete with the right token", n < (int)sizeof text - 9 && wrong == 0);
-    check("stops", "end-of-text ends a text", is_end_of_text(t, t->eot) && !is_end_of_text(t, tokens[0]));
+    check("stops", "end-of-text ends a text",
+          is_end_of_text(t, t->eot) && !is_end_of_text(t, tokens[0]));
 }
 
+// dev/test/reference/encoding_*: texts and what GPT-2's own encoder makes of them, as
+// dev/test/make_encoding_cases.py writes them.
 static void test_encoding(void) {
     size_t size, at = 0;
     int wrong = 0, cases = 0;
@@ -759,8 +788,10 @@ static void test_encoding(void) {
         uint32_t n, n_tokens;
         memcpy(&n, all + at, 4), memcpy(&n_tokens, all + at + 4, 4);
         unsigned char *text = all + at + 8, *expected = text + n;
-        int *out = allocate((n + 1) * sizeof(int), "tokens"), same = encode(&t, text, n, out) == n_tokens;
-        for (uint32_t i = 0; same && i < n_tokens; i++) same = out[i] == expected[2 * i] + 256 * expected[2 * i + 1];
+        int *out = allocate((n + 1) * sizeof(int), "tokens");
+        int same = encode(&t, text, n, out) == n_tokens;
+        for (uint32_t i = 0; same && i < n_tokens; i++)
+            same = out[i] == expected[2 * i] + 256 * expected[2 * i + 1];
         if (!same) printf("FAILED encoding of \"%.*s\"\n", n < 60 ? (int)n : 60, text);
         wrong += !same, cases++;
         at += 8 + n + 2 * n_tokens;
@@ -775,7 +806,8 @@ static void test_encoding(void) {
     t = tokenizer_bytes(256);
     check("stops", "a byte is no end-of-text", !is_end_of_text(&t, t.eot));
     int out[9];
-    check("encoding", "of bytes", encode(&t, (const unsigned char *)"don't  \xc3", 8, out) == 8 && out[3] == '\'' && out[7] == 0xc3);
+    check("encoding", "of bytes", encode(&t, (const unsigned char *)"don't  \xc3", 8, out) == 8 &&
+          out[3] == '\'' && out[7] == 0xc3);
     tokenizer_free(&t);
     static const struct { const char *text; int length; } pieces[] = {
         // letters, numbers, a sign, blanks
@@ -809,7 +841,8 @@ static void test_encoding(void) {
     check("encoding", "of a long word", encode(&t, word, long_word, tokens) == long_word / 4);
     check("encoding", "of a long word, in less than minutes", seconds() - start < 20);
     tokenizer_free(&t), free(classes), free(word), free(tokens);
-    t = (Tokenizer){.V = 4, .eot = 3, .bytes = (unsigned char *)"abaab", .start = (size_t[]){0, 1, 2, 3, 5}};  // a, b, a, ab
+    t = (Tokenizer){.V = 4, .eot = 3, .bytes = (unsigned char *)"abaab",  // a, b, a, ab
+                    .start = (size_t[]){0, 1, 2, 3, 5}};
     tokenizer_index(&t);
     check("encoding", "the first of equal tokens, never the end of text",
           encode(&t, (const unsigned char *)"ab", 2, out) == 2 && out[0] == 0 && out[1] == 1);
@@ -859,7 +892,8 @@ static void test_printed_generation(void) {
 
 static void test_printing(void) {  // what could upset a terminal stays out, characters stay whole
     static const struct { const char *text, *printed; } texts[] = {
-        {"a\tb\n\x1b[1m\x7f\r", "a\tb\n[1m"}, {"caf\xc3\xa9 \xe2\x80\x9c", "caf\xc3\xa9 \xe2\x80\x9c"},
+        {"a\tb\n\x1b[1m\x7f\r", "a\tb\n[1m"},
+        {"caf\xc3\xa9 \xe2\x80\x9c", "caf\xc3\xa9 \xe2\x80\x9c"},
         {"\xf0\x9f\x99\x82", "\xf0\x9f\x99\x82"}, {"\x9b" "1m\x80", "1m"},   // U+009B by itself,
         {"\xc2\x9b" "1m\xc2\xa9", "\xc2" "1m\xc2\xa9"},                      // as UTF-8,
         {"\xe0\x80\x9b" "1m", "\xe0" "1m"}, {"\xf0\x80\x80\x9b", "\xf0"},     // and in longer forms
@@ -872,7 +906,8 @@ static void test_printing(void) {  // what could upset a terminal stays out, cha
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
         Printer printer = {0};
         int out = capture(path);
-        for (const char *c = texts[i].text; *c; c++) print_token(&bytes, (unsigned char)*c, &printer);
+        for (const char *c = texts[i].text; *c; c++)
+            print_token(&bytes, (unsigned char)*c, &printer);
         wrong += !captured(out, path, texts[i].printed);
     }
     check("printing", "leaves out control characters and nothing else", !wrong);
@@ -888,10 +923,12 @@ static void test_accumulation(void) {  // two halves of a batch give the gradien
     real *g = allocate(m->n_reals * sizeof(real), "gradients");
     memcpy(g, m->grads, m->n_reals * sizeof(real));
     clear_gradients(m);
-    for (int i = 0; i < 2; i++) halves += forward_backward(m, x + i * B / 2 * T, y + i * B / 2 * T, B / 2, T, 0.5) / 2;
+    for (int i = 0; i < 2; i++)
+        halves += forward_backward(m, x + i * B / 2 * T, y + i * B / 2 * T, B / 2, T, 0.5) / 2;
     check_below("accumulation", "loss", fabs(halves / whole - 1), 20 * EPS);
     for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++)
-        check_below("accumulation", t->name, relative_error(m->grads + t->offset, g + t->offset, t->size), 100 * EPS);
+        check_below("accumulation", t->name,
+                    relative_error(m->grads + t->offset, g + t->offset, t->size), 100 * EPS);
     free(g);
     model_free(m);
 }
@@ -909,7 +946,8 @@ static int same_files(const char *a, const char *b) {
 static void test_threads(void) {
 #ifdef _OPENMP
     static const int threads[] = {1, 2, 3, 5, 16};
-    int B = 4, T = 67, x[4 * 67], y[4 * 67], before = omp_get_max_threads();  // 268 rows: other ways through matmul on 1 thread and more
+    // 268 rows: other ways through matmul on 1 thread and more
+    int B = 4, T = 67, x[4 * 67], y[4 * 67], before = omp_get_max_threads();
     char first[] = "/tmp/test_mla_a_XXXXXX", other[] = "/tmp/test_mla_b_XXXXXX";
     close(mkstemp(first)), close(mkstemp(other));
     for (int k = 0; k < WAYS * N_KINDS; k++)
@@ -925,7 +963,9 @@ static void test_threads(void) {
                 adamw_update(m, &adam, 1e-3, step, clip_scale(gradient_norm(m), 0.5));
             }
             checkpoint_save(m, i ? other : first, 20, "threads", "");
-            if (i) check("threads: same checkpoint", attention_names[kinds[k % N_KINDS].attention], same_files(first, other));
+            if (i)
+                check("threads: same checkpoint", attention_names[kinds[k % N_KINDS].attention],
+                      same_files(first, other));
             model_free(m);
         }
     use_way(0);
@@ -934,7 +974,8 @@ static void test_threads(void) {
 #endif
 }
 
-static void train_quietly(Model *m, const Options *o, const Data *d, const Tokenizer *t, long done) {
+static void train_quietly(Model *m, const Options *o, const Data *d, const Tokenizer *t,
+                          long done) {
     fflush(stdout);
     int out = dup(1), null = open("/dev/null", O_WRONLY);
     dup2(null, 1);
@@ -945,10 +986,12 @@ static void train_quietly(Model *m, const Options *o, const Data *d, const Token
     signal(SIGINT, SIG_DFL), signal(SIGTERM, SIG_DFL);
 }
 
-static void test_training(void) {  // the same bits as its parts by hand, from the start or from step 3 on; some steps are clipped
+// The same bits as its parts by hand, from the start or from step 3 on; some steps are clipped.
+static void test_training(void) {
     enum { B = 2, T = 8, N = 200 };
     Options o = {.order = RANDOM, .batch_size = B, .seq_len = T, .grad_accum = 3, .seed = 3,
-                 .schedule = {COSINE, 5, 2, 1e-2, 1e-3}, .grad_clip = 2, .adam = {0.9, 0.99, 1e-8, 0.1}};
+                 .schedule = {COSINE, 5, 2, 1e-2, 1e-3}, .grad_clip = 2,
+                 .adam = {0.9, 0.99, 1e-8, 0.1}};
     uint16_t tokens[N];
     int x[B * T], y[B * T];
     Data d = {.path = "test", .tokens = tokens, .n = N};
@@ -958,18 +1001,22 @@ static void test_training(void) {  // the same bits as its parts by hand, from t
     for (int i = 0; i < 3; i++) m[i] = small_model(MLA, DECOUPLED, B, T), m[i]->dropout = 0.1f;
     for (int step = 0; step < o.schedule.steps; step++) {
         if (step == 3)
-            for (int set = 0; set < 3; set++) memcpy(set_of(m[2], set), set_of(m[0], set), m[0]->n_reals * sizeof(real));
+            for (int set = 0; set < 3; set++)
+                memcpy(set_of(m[2], set), set_of(m[0], set), m[0]->n_reals * sizeof(real));
         for (int index = 3 * step; index < 3 * step + 3; index++) {
             next_batch(&d, o.order, o.seed, index, x, y, B, T);
             m[0]->dropout_key = random_stream(o.seed, STREAM_DROPOUT, index);
             forward_backward(m[0], x, y, B, T, 1.0 / 3);
         }
-        adamw_update(m[0], &o.adam, learning_rate_at(&o.schedule, step), step + 1, clip_scale(gradient_norm(m[0]), o.grad_clip));
+        adamw_update(m[0], &o.adam, learning_rate_at(&o.schedule, step), step + 1,
+                     clip_scale(gradient_norm(m[0]), o.grad_clip));
     }
     train_quietly(m[1], &o, &d, &bytes, 0);
     train_quietly(m[2], &o, &d, &bytes, 3);
-    check("training", "is its parts in order", !memcmp(m[0]->params, m[1]->params, m[0]->n_reals * sizeof(real)));
-    check("training", "goes on where it stopped", !memcmp(m[0]->params, m[2]->params, m[0]->n_reals * sizeof(real)));
+    check("training", "is its parts in order",
+          !memcmp(m[0]->params, m[1]->params, m[0]->n_reals * sizeof(real)));
+    check("training", "goes on where it stopped",
+          !memcmp(m[0]->params, m[2]->params, m[0]->n_reals * sizeof(real)));
     for (int i = 0; i < 3; i++) model_free(m[i]);
     tokenizer_free(&bytes);
 }
@@ -992,7 +1039,8 @@ static void test_batches(void) {
         same += x[0] == x[T];
         for (int b = 0; b < B; b++) {
             seen_first |= x[b * T] == 0, seen_last |= y[b * T + T - 1] == N - 1;
-            for (int t = 0; t < T; t++) right &= x[b * T + t] == x[b * T] + t && y[b * T + t] == x[b * T + t] + 1;
+            for (int t = 0; t < T; t++)
+                right &= x[b * T + t] == x[b * T] + t && y[b * T + t] == x[b * T + t] + 1;
         }
     }
     check("batches", "random rows are stretches of the data", right);
@@ -1006,7 +1054,7 @@ static void test_evaluation(void) {  // each window by itself must give the same
     Data d = {.tokens = tokens, .n = N};
     Model *m = small_model(GQA, ROPE, 4, T);
     Tokenizer bytes = tokenizer_bytes(256);
-    for (int i = 0; i <= 256; i++) bytes.start[i] = 3 * i;  // as if every token stood for three bytes
+    for (int i = 0; i <= 256; i++) bytes.start[i] = 3 * i;  // as if every token had three bytes
     int x[N], y[N];
     for (int i = 0; i < N; i++) tokens[i] = random_bits(9, i) % m->c.V;
     double sum = 0, losses[N];
@@ -1020,12 +1068,14 @@ static void test_evaluation(void) {  // each window by itself must give the same
         Evaluation e = evaluate(m, &d, &bytes, B, T, 0);
         check("evaluation", "predicts every token but the first once", e.tokens == N - 1);
         check_below("evaluation", "loss", fabs(e.loss / (sum / (N - 1)) - 1), 20 * EPS);
-        check_below("evaluation", "bits per byte", fabs(e.bits_per_byte / (e.loss / log(2) / 3) - 1), 1e-12);
+        check_below("evaluation", "bits per byte",
+                    fabs(e.bits_per_byte / (e.loss / log(2) / 3) - 1), 1e-12);
     }
     Evaluation some = evaluate(m, &d, &bytes, 2, T, 2);  // of 6 batches: windows 0, 1 and 6, 7
     check("evaluation", "of some batches", some.tokens == 2 * 2 * T);
     sum = losses[0] + losses[1] + losses[6] + losses[7];
-    check_below("evaluation", "of some batches, evenly spread", fabs(some.loss / (sum / (2 * 2 * T)) - 1), 20 * EPS);
+    check_below("evaluation", "of some batches, evenly spread",
+                fabs(some.loss / (sum / (2 * 2 * T)) - 1), 20 * EPS);
     tokenizer_free(&bytes);
     model_free(m);
 }
@@ -1033,14 +1083,17 @@ static void test_evaluation(void) {  // each window by itself must give the same
 static void test_schedule(void) {
     Schedule s = {COSINE, 110, 10, 2e-3, 4e-4};
     check_below("schedule", "first step", fabs(learning_rate_at(&s, 0) / (2e-3 / 11) - 1), 1e-12);
-    check_below("schedule", "last warm-up step", fabs(learning_rate_at(&s, 9) / (2e-3 * 10 / 11) - 1), 1e-12);
+    check_below("schedule", "last warm-up step",
+                fabs(learning_rate_at(&s, 9) / (2e-3 * 10 / 11) - 1), 1e-12);
     check_below("schedule", "peak", fabs(learning_rate_at(&s, 10) / 2e-3 - 1), 1e-12);
-    check_below("schedule", "a quarter down", fabs(learning_rate_at(&s, 35) / (4e-4 + 1.6e-3 * (0.5 + sqrt(0.125))) - 1), 1e-12);
+    check_below("schedule", "a quarter down",
+                fabs(learning_rate_at(&s, 35) / (4e-4 + 1.6e-3 * (0.5 + sqrt(0.125))) - 1), 1e-12);
     check_below("schedule", "half way", fabs(learning_rate_at(&s, 60) / 1.2e-3 - 1), 1e-12);
     check_below("schedule", "floor", fabs(learning_rate_at(&s, 110) / 4e-4 - 1), 1e-12);
     s.kind = CONSTANT;
     check_below("schedule", "constant", fabs(learning_rate_at(&s, 100) / 2e-3 - 1), 1e-12);
-    check_below("schedule", "constant, warming up", fabs(learning_rate_at(&s, 4) / (2e-3 * 5 / 11) - 1), 1e-12);
+    check_below("schedule", "constant, warming up",
+                fabs(learning_rate_at(&s, 4) / (2e-3 * 5 / 11) - 1), 1e-12);
     check("clipping", "off, below and above the bound",
           clip_scale(5, 0) == 1 && clip_scale(5, 6) == 1 && clip_scale(5, 1) == 0.2);
 }
@@ -1063,16 +1116,23 @@ static void test_randomness(void) {
     const double agree = 0.75 * 0.75 + 0.25 * 0.25;
     check_below("dropout", "keeps 3 of 4", fabs(kept / N - 0.75), 5 * sqrt(0.75 * 0.25 / N));
     check_below("dropout", "keeps the mean", fabs(sum / N - 1), 5 * sqrt(0.25 / 0.75 / N));
-    check_below("dropout", "is another in every place", fabs(same_place / N - agree), 5 * sqrt(agree * (1 - agree) / N));
-    check_below("dropout", "is another for every key", fabs(same_key / N - agree), 5 * sqrt(agree * (1 - agree) / N));
-    // Three places of a training pass: a dropped embedding is zero, a dropped branch leaves the residual stream as it was.
+    check_below("dropout", "is another in every place", fabs(same_place / N - agree),
+                5 * sqrt(agree * (1 - agree) / N));
+    check_below("dropout", "is another for every key", fabs(same_key / N - agree),
+                5 * sqrt(agree * (1 - agree) / N));
+    // Three places of a training pass: a dropped embedding is zero, a dropped branch leaves the
+    // residual stream as it was.
     int tokens[8] = {1, 2, 3, 4, 5, 6, 7, 8}, n = 8 * m->c.C, dropped[3] = {0};
     const Acts *a = m->acts;
     forward(m, tokens, 1, 8, 1);
-    for (int i = 0; i < n; i++)
-        dropped[0] += a->x[i] == 0, dropped[1] += a->x_mid[i] == a->x[i], dropped[2] += a[1].x[i] == a->x_mid[i];
+    for (int i = 0; i < n; i++) {
+        dropped[0] += a->x[i] == 0;
+        dropped[1] += a->x_mid[i] == a->x[i];
+        dropped[2] += a[1].x[i] == a->x_mid[i];
+    }
     for (int i = 0; i < 3; i++)
-        check_below("dropout", "drops 1 of 4 in training", fabs((double)dropped[i] / n - 0.25), 5 * sqrt(0.75 * 0.25 / n));
+        check_below("dropout", "drops 1 of 4 in training", fabs((double)dropped[i] / n - 0.25),
+                    5 * sqrt(0.75 * 0.25 / n));
     sum = 0;
     for (int i = 0; i < N; i++) {
         double z = random_normal(11, i);
@@ -1081,8 +1141,10 @@ static void test_randomness(void) {
     check_below("random normal", "mean 0", fabs(sum / N), 5 / sqrt(N));
     check_below("random normal", "variance 1", fabs(square / N - 1), 5 * sqrt(2.0 / N));
     uint64_t stream = random_stream(1, STREAM_DATA, 2);
-    check("random streams", "differ by seed, purpose and number", stream != random_stream(3, STREAM_DATA, 2) &&
-          stream != random_stream(1, STREAM_DROPOUT, 2) && stream != random_stream(1, STREAM_DATA, 3));
+    check("random streams", "differ by seed, purpose and number",
+          stream != random_stream(3, STREAM_DATA, 2) &&
+          stream != random_stream(1, STREAM_DROPOUT, 2) &&
+          stream != random_stream(1, STREAM_DATA, 3));
     model_free(m);
 }
 
@@ -1090,20 +1152,27 @@ static void test_initialization_of(int attention, int position) {
     Model *m = small_model(attention, position, 1, 8);
     model_init(m, 1);
     for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) {
-        double wanted = t->init == ONES ? 1 : t->init == ZEROS ? 0 : t->init == RESIDUAL ? 0.02 / 2 : 0.02;
+        double wanted = t->init == ONES ? 1 : t->init == ZEROS ? 0
+                      : t->init == RESIDUAL ? 0.02 / 2 : 0.02;
         double square = 0, rows = 0, first = 0;
         real *w = m->params + t->offset, *wte = m->w[0][WTE];
         for (size_t i = 0; i < t->size; i++) square += (double)w[i] * w[i];
-        check("initialization", t->name, t->cols ? t->init == (strstr(t->name, "c_proj") ? RESIDUAL : NORMAL)
-                                                 : t->init == (strstr(t->name, "bias") ? ZEROS : ONES));
-        check_below("initialization", t->name, fabs(sqrt(square / t->size) - wanted), t->cols ? 5 * wanted / sqrt(2.0 * t->size) : 0);
+        check("initialization", t->name,
+              t->cols ? t->init == (strstr(t->name, "c_proj") ? RESIDUAL : NORMAL)
+                      : t->init == (strstr(t->name, "bias") ? ZEROS : ONES));
+        check_below("initialization", t->name, fabs(sqrt(square / t->size) - wanted),
+                    t->cols ? 5 * wanted / sqrt(2.0 * t->size) : 0);
         if (!t->cols) continue;
         for (int i = 0; i < 128; i++) rows += w[i] * w[i + t->cols], first += w[i] * wte[i];
-        check_below("initialization: rows are independent", t->name, fabs(rows) / (wanted * wanted), 5 * sqrt(128));
-        if (t != m->tensors) check_below("initialization: tensors are independent", t->name, fabs(first) / (wanted * 0.02), 5 * sqrt(128));
+        check_below("initialization: rows are independent", t->name,
+                    fabs(rows) / (wanted * wanted), 5 * sqrt(128));
+        if (t != m->tensors)
+            check_below("initialization: tensors are independent", t->name,
+                        fabs(first) / (wanted * 0.02), 5 * sqrt(128));
     }
     size_t sum = 0;
-    for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++) sum += (size_t)t->rows * (t->cols ? t->cols : 1);
+    for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++)
+        sum += (size_t)t->rows * (t->cols ? t->cols : 1);
     check("parameters", "are counted", m->n_params == sum);
     model_free(m);
 }
@@ -1125,18 +1194,21 @@ static void test_sampling(void) {
     double sum = exp(0) + exp(2) + exp(4) + exp(-2);
     for (int v = 0; v < 4; v++) {
         double p = exp((double[]){0, 2, 4, -2}[v]) / sum;
-        check_below("sampling", "follows softmax(logits / temperature)", fabs((double)counts[v] / N - p), 5 * sqrt(p * (1 - p) / N));
+        check_below("sampling", "follows softmax(logits / temperature)",
+                    fabs((double)counts[v] / N - p), 5 * sqrt(p * (1 - p) / N));
     }
     real logits[4] = {0, 1, 2, -1};
-    check("sampling", "temperature 0 takes the likeliest", sample_token(logits, scratch, 4, &greedy, NULL, 0.999) == 2);
+    check("sampling", "temperature 0 takes the likeliest",
+          sample_token(logits, scratch, 4, &greedy, NULL, 0.999) == 2);
     int seen[4] = {0};
     for (int i = 0; i < 1000; i++) {
         real again[4] = {0, 1, 2, -1};
         seen[sample_token(again, scratch, 4, &two, NULL, random_uniform(13, i))]++;
     }
-    check("sampling", "top-k leaves the likeliest k", !seen[0] && seen[1] > 200 && seen[2] > 600 && !seen[3]);
+    check("sampling", "top-k leaves the likeliest k",
+          !seen[0] && seen[1] > 200 && seen[2] > 600 && !seen[3]);
 
-    // Of probabilities 0.087, 0.237, 0.644 and 0.032 the first two have 0.881, the first three 0.968.
+    // Of probabilities 0.087, 0.237, 0.644, 0.032 the first two have 0.881, the first three 0.968.
     for (int set = 0; set < 3; set++) {
         Sampling nucleus = {1, set == 2 ? 2 : 0, (double[]){0.87, 0.89, 0.99}[set], 0, {0}, 0};
         int found[4] = {0};
@@ -1144,8 +1216,8 @@ static void test_sampling(void) {
             real again[4] = {0, 1, 2, -1};
             found[sample_token(again, scratch, 4, &nucleus, NULL, random_uniform(15, i))]++;
         }
-        check("sampling", "top-p leaves the likeliest that have so much", found[1] > 400 && found[2] > 1000 &&
-              (found[0] > 0) == (set == 1) && !found[3]);
+        check("sampling", "top-p leaves the likeliest that have so much",
+              found[1] > 400 && found[2] > 1000 && (found[0] > 0) == (set == 1) && !found[3]);
     }
     Sampling even = {1, 0, 0.4, 0, {0}, 0};
     int first[3] = {0};
@@ -1153,12 +1225,15 @@ static void test_sampling(void) {
         real again[3] = {1, 1, 0};
         first[sample_token(again, scratch, 3, &even, NULL, random_uniform(16, i))]++;
     }
-    check("sampling", "top-p keeps what is as likely as the last", first[0] > 50 && first[1] > 50 && !first[2]);
+    check("sampling", "top-p keeps what is as likely as the last",
+          first[0] > 50 && first[1] > 50 && !first[2]);
     Sampling penal = {0, 0, 0, 3, {0}, 0};
     real positive[4] = {0, 1, 2, -1}, negative[4] = {-4, -1, -2, -4};
-    check("sampling", "the penalty divides", sample_token(positive, scratch, 4, &penal, (unsigned char[]){0, 0, 1, 0}, 1) == 1 &&
+    check("sampling", "the penalty divides",
+          sample_token(positive, scratch, 4, &penal, (unsigned char[]){0, 0, 1, 0}, 1) == 1 &&
           fabs(positive[2] - 2.0 / 3) < 1e-6 && positive[1] == 1);
-    check("sampling", "and multiplies what is negative", sample_token(negative, scratch, 4, &penal, (unsigned char[]){0, 1, 0, 0}, 1) == 2 &&
+    check("sampling", "and multiplies what is negative",
+          sample_token(negative, scratch, 4, &penal, (unsigned char[]){0, 1, 0, 0}, 1) == 2 &&
           negative[1] == -3);
     for (int k = 0; k < 50; k++) {  // against counting
         real x[50], y[50];
@@ -1177,8 +1252,10 @@ static void test_checkpoints(void) {
     close(mkstemp(a)), close(mkstemp(b));
     for (int k = 0; k < N_KINDS; k++) {
         Model *m = model_of_kind(&kinds[k], 1, 8);
-        for (size_t i = 0; i < m->n_reals; i++) {  // floats, so that the double build loses nothing either
-            m->params[i] = (float)m->params[i], m->adam_m[i] = (float)random_normal(1, i), m->adam_v[i] = (float)random_normal(2, i);
+        for (size_t i = 0; i < m->n_reals; i++) {  // floats, so that the double build loses nothing
+            m->params[i] = (float)m->params[i];
+            m->adam_m[i] = (float)random_normal(1, i);
+            m->adam_v[i] = (float)random_normal(2, i);
         }
         for (int with_state = 0; with_state < 2; with_state++) {
             checkpoint_save(m, a, 17, with_state ? "as it was" : NULL, "");
@@ -1192,12 +1269,14 @@ static void test_checkpoints(void) {
             int same = 1;
             for (Tensor *t = m->tensors; t < m->tensors + m->n_tensors; t++)
                 for (int set = 0; set < (with_state ? 3 : 1); set++)
-                    same &= !memcmp(set_of(m, set) + t->offset, set_of(loaded, set) + t->offset, t->size * sizeof(real));
+                    same &= !memcmp(set_of(m, set) + t->offset, set_of(loaded, set) + t->offset,
+                                    t->size * sizeof(real));
             check("checkpoint", "tensors come back bit for bit", same);
             if (with_state) {
                 real *v = allocate(m->tensors[WTE].size * sizeof(real), "adam_v");
                 checkpoint_read(&file, "adam.v.wte.weight", v, c.V, c.C);
-                check("checkpoint", "moments bear their names", !memcmp(v, m->adam_v, m->tensors[WTE].size * sizeof(real)));
+                check("checkpoint", "moments bear their names",
+                      !memcmp(v, m->adam_v, m->tensors[WTE].size * sizeof(real)));
                 free(v);
             }
             checkpoint_save(loaded, b, 17, with_state ? "as it was" : NULL, "");
@@ -1210,7 +1289,8 @@ static void test_checkpoints(void) {
     remove(a), remove(b);
 }
 
-static void test_config(void) {  // defaults; the experiments' cache sizes, floats per token in all layers
+// Defaults; the experiments' cache sizes, floats per token in all layers.
+static void test_config(void) {
     static const struct {
         int attention, position, L, C, NKV, NOPE, kv_heads, full, latent;  // -1: default; none
     } rows[] = {
@@ -1218,7 +1298,8 @@ static void test_config(void) {  // defaults; the experiments' cache sizes, floa
         {MLA, LEARNED, 8, 512, -1, -1, 16, 8192, 2728}, {MQA, ROPE, 8, 512, -1, -1, 1, 512, -1},
         {MHA, LEARNED, 24, 1024, -1, -1, 16, 49152, -1},
         {MLA, LEARNED, 24, 1024, -1, -1, 16, 49152, 16368},
-        {MQA, LEARNED, 24, 1024, -1, -1, 1, 3072, -1}, {MHA, DECOUPLED, 8, 512, -1, -1, 16, 6272, -1},
+        {MQA, LEARNED, 24, 1024, -1, -1, 1, 3072, -1},
+        {MHA, DECOUPLED, 8, 512, -1, -1, 16, 6272, -1},
         {GQA, ROPE, 8, 512, -1, -1, 4, 2048, -1}, {MLA, DECOUPLED, 8, 512, 4, -1, 4, 1664, 2856},
         {MLA, DECOUPLED, 8, 512, -1, 32, 16, 8320, 2856}};
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
@@ -1304,7 +1385,8 @@ static void test_misuse(void) {
     #ifdef __SANITIZE_ADDRESS__
     Model *m = small_model(MLA, DECOUPLED, 1, 8);
     check("arena", "has a gap after a piece that may not be touched",
-          __asan_address_is_poisoned(m->norm + 8 * m->c.C) && !__asan_address_is_poisoned(m->latent));
+          __asan_address_is_poisoned(m->norm + 8 * m->c.C) &&
+          !__asan_address_is_poisoned(m->latent));
     model_free(m);
     #endif
 }
@@ -1316,15 +1398,17 @@ static void test_misuse(void) {
 
 // The program's parameters, or gradients, in the order of the twin's struct: copied from `from` if
 // there is one, else compared with `to`. Returns how many there are.
-static size_t twin_parameters(real *const *w, const Model *m, const double *from, const double *to) {
-    static const int ids[] = {QA_W, QA_NORM_W, QA_NORM_B, QB_W, KVA_W, KVA_NORM_W, KVA_NORM_B, KVB_W,
-                              APROJ_W, APROJ_B};
+static size_t twin_parameters(real *const *w, const Model *m, const double *from,
+                              const double *to) {
+    static const int ids[] = {QA_W, QA_NORM_W, QA_NORM_B, QB_W, KVA_W, KVA_NORM_W, KVA_NORM_B,
+                              KVB_W, APROJ_W, APROJ_B};
     size_t at = 0;
     for (int i = 0; i < 10; i++) {
         const Tensor *t = m->tensors;
         while (t->id != ids[i]) t++;
         if (from) memcpy(w[t->id], from + at, t->size * sizeof(double));
-        else check_below("twin: gradient", t->name, relative_error(w[t->id], to + at, t->size), 1e-10);
+        else check_below("twin: gradient", t->name, relative_error(w[t->id], to + at, t->size),
+                         1e-10);
         at += t->size;
     }
     return at;
@@ -1335,8 +1419,9 @@ static void test_twin(void) {
     static Parameters w, g;
     static Activations a;
     static double x[T][C], out[T][C], d_out[T][C], dx[T][C];
-    Config c = {.attention = MLA, .position = DECOUPLED, .latent_norm = LAYERNORM, .L = 1, .NH = NH,
-                .NKV = NH, .C = C, .block_size = T, .V = 2, .RQ = RQ, .R = R, .RD = RD, .NOPE = NOPE};
+    Config c = {.attention = MLA, .position = DECOUPLED, .latent_norm = LAYERNORM, .L = 1,
+                .NH = NH, .NKV = NH, .C = C, .block_size = T, .V = 2, .RQ = RQ, .R = R, .RD = RD,
+                .NOPE = NOPE};
     size_t n = sizeof w / sizeof(double);
     config_complete(&c, 1, "test");
     Model *m = model_create(&c, 1);
@@ -1385,16 +1470,26 @@ static void run_also(const char *command) {
     else passed += p, failed += f;
 }
 
+// Whether a group of tests is named on the command line, or none is.
+static int named(int argc, char **argv, const char *what) {
+    for (int i = 1; i < argc; i++)
+        if (!strcmp(argv[i], what)) return 1;
+    return argc == 1;
+}
+
 int main(int argc, char **argv) {
     static const struct { const char *what; void (*test)(void); } tests[] = {
         {"matrix product", test_matmul}, {"exp", test_exp}, {"reference dumps", test_references},
 #ifdef REAL_DOUBLE
         {"finite differences", test_finite_differences},
 #endif
-        {"kinds", test_kinds}, {"decoding", test_all_decoding}, {"encoding", test_encoding}, {"printing", test_printing}, {"gradient accumulation", test_accumulation},
-        {"batches", test_batches}, {"training", test_training}, {"evaluation", test_evaluation}, {"schedule", test_schedule},
-        {"randomness", test_randomness}, {"initialization", test_initialization}, {"sampling", test_sampling}, {"checkpoints", test_checkpoints},
-        {"configurations", test_config}, {"misuse", test_misuse},
+        {"kinds", test_kinds}, {"decoding", test_all_decoding}, {"encoding", test_encoding},
+        {"printing", test_printing}, {"gradient accumulation", test_accumulation},
+        {"batches", test_batches}, {"training", test_training}, {"evaluation", test_evaluation},
+        {"schedule", test_schedule}, {"randomness", test_randomness},
+        {"initialization", test_initialization}, {"sampling", test_sampling},
+        {"checkpoints", test_checkpoints}, {"configurations", test_config},
+        {"misuse", test_misuse},
 #ifdef REAL_DOUBLE
         {"plain twin", test_twin},
 #endif
@@ -1404,8 +1499,9 @@ int main(int argc, char **argv) {
     if (argc == 2 && !strcmp(argv[1], "--bf16-errors"))
         return test_references(), print_rounding(), failed > 0;
     program = argv[0];
-    if (access("dev/test/reference", R_OK)) fail(1, "dev/test/reference: not found; run the tests in the repository's top folder");
-    if (sizeof(real) == sizeof(float)) {
+    if (access("dev/test/reference", R_OK))
+        fail(1, "dev/test/reference: not found; run the tests in the repository's top folder");
+    if (sizeof(real) == sizeof(float) && argc == 1) {
         run_also("sh dev/test/bad_input.sh");
         printf("bad input                     %4d checks\n", passed);
         int before = passed;
@@ -1414,16 +1510,20 @@ int main(int argc, char **argv) {
     }
     for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
         int before = passed;
+        if (!named(argc, argv, tests[i].what)) continue;
         tests[i].test();
         if (passed == before) continue;  // of the other build
-        printf("%s: %-22s %4d checks\n", sizeof(real) == sizeof(float) ? "float " : "double", tests[i].what, passed - before);
+        printf("%s: %-22s %4d checks\n", sizeof(real) == sizeof(float) ? "float " : "double",
+               tests[i].what, passed - before);
         fflush(stdout);
     }
-    if (sizeof(real) == sizeof(float)) {
+    if (sizeof(real) == sizeof(float) && argc == 1) {
         char command[4096];
         snprintf(command, sizeof command, "$RUN '%s_double'", argv[0]);
         run_also(command);
     }
+    if (!passed && !failed)
+        fail(2, "%s: no such group of tests, expected those that all print", argv[1]);
     printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;
 }

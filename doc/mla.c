@@ -41,7 +41,8 @@ typedef struct {                            // what the forward makes:
     double heads[T][NH * HS], out[T][C];    // (T, NH*HS) each head's mean of values; (T, C)
 } Activations;
 
-// ---- Layers, for one token. They add to their last arguments, normalize sets its own; turn and softmax work in place.
+// ---- Layers, for one token. They add to their last arguments, normalize sets its own; turn and
+// softmax work in place.
 static double dot(int n, const double *x, const double *y) {    // x . y: both (n)
     double sum = 0;
     for (int i = 0; i < n; i++) sum += x[i] * y[i];

@@ -74,9 +74,11 @@ class Config:
         if self.attention != "mla":
             self.q_rank, self.kv_rank, self.latent_norm = 0, 0, "none"
         for wrong, message in [
-            (self.position not in POSITIONS.get(self.attention, ()), "this attention has no such position"),
+            (self.position not in POSITIONS.get(self.attention, ()),
+             "this attention has no such position"),
             (self.n_embd % self.n_head, "n_embd is not a multiple of n_head"),
-            (self.n_kv_head < 1 or self.n_head % self.n_kv_head, "n_kv_head does not divide n_head"),
+            (self.n_kv_head < 1 or self.n_head % self.n_kv_head,
+             "n_kv_head does not divide n_head"),
             (self.attention == "mha" and self.nope_dim != self.default_nope_dim,
              "nope_dim is a free choice for mla only; that of mha is n_embd/n_head - rope_dim, "
              f"{self.default_nope_dim}"),
@@ -134,16 +136,17 @@ def rope_table(T, RD, like):
     positions = torch.arange(T, device=like.device, dtype=torch.float64)         # (T)
     angles = torch.outer(positions, 10000.0 ** (-2 * i / RD))                    # (T, RD/2)
     cos, sin = angles.cos(), angles.sin()
-    return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)]).to(like.dtype)
+    return torch.stack([torch.cat([cos, cos], dim=-1),
+                        torch.cat([-sin, sin], dim=-1)]).to(like.dtype)
 
 
 def rotate(x, rope):
-    """Rotary positions: turn each pair (i, i + RD/2) of the last RD columns of x (..., T, width)."""
+    """Rotary positions: turn each pair (i, i + RD/2) of x's last RD columns, x (..., T, width)."""
     cos, sin = rope                                                              # (T, RD) each
     RD = cos.shape[-1]
     if RD == 0:
         return x
-    still, x = x.split([x.shape[-1] - RD, RD], dim=-1)                           # (..., T, width-RD | RD)
+    still, x = x.split([x.shape[-1] - RD, RD], dim=-1)                     # (..., T, width-RD | RD)
     x = x * cos + x.roll(RD // 2, dims=-1) * sin                                 # (..., T, RD)
     return torch.cat([still, x], dim=-1) if still.shape[-1] else x               # (..., T, width)
 
@@ -164,7 +167,7 @@ class Cache:
             raise ValueError(f"{capacity} tokens: this model has {c.block_size} learned positions")
         self.mode, self.capacity, self.length = mode, capacity, 0
         self.rope = rope_table(capacity, c.rope_dim, like=model.wte.weight)      # (2, capacity, RD)
-        self.kept = {}                                                           # layer -> (B, n, capacity, width) ...
+        self.kept = {}                                    # layer -> (B, n, capacity, width) ...
 
     def append(self, layer, parts):
         """parts: tensors (B, n, T, width) of T more positions -> (B, n, S, width) of all so far"""
@@ -241,7 +244,7 @@ class Attention(nn.Module):
         if k_rope is None:
             scores = q @ k.mT                                                    # (B, NKV, G, S)
         else:
-            q_nope, q_rope = q.split([self.NOPE, self.RD], dim=-1)               # (B, NKV, G, NOPE | RD)
+            q_nope, q_rope = q.split([self.NOPE, self.RD], dim=-1)         # (B, NKV, G, NOPE | RD)
             scores = q_nope @ k.mT                                               # (B, NKV, G, S)
             rope_scores = q_rope.flatten(1, 2).unsqueeze(1) @ k_rope.mT          # (B, 1, NH, S)
             scores += rope_scores.view_as(scores)                                # (B, NKV, G, S)
@@ -265,10 +268,10 @@ class DirectAttention(Attention):
     def project(self, x, rope):
         q, k, k_rope, v = self.c_attn(x).split(self.rows, dim=-1)                # (B, T, ...)
         q = rotate(split_heads(q, self.NH), rope)                                # (B, NH, T, QK)
-        k = split_heads(k, self.NKV)                                             # (B, NKV, T, QK or NOPE)
+        k = split_heads(k, self.NKV)                                       # (B, NKV, T, QK or NOPE)
         v = split_heads(v, self.NKV)                                             # (B, NKV, T, HS)
         if k_rope.shape[-1]:
-            return q, k, v, rotate(k_rope.unsqueeze(1), rope)                    # k_rope (B, 1, T, RD)
+            return q, k, v, rotate(k_rope.unsqueeze(1), rope)              # k_rope (B, 1, T, RD)
         return q, rotate(k, rope), v
 
     def up_project(self, *known):
@@ -285,7 +288,8 @@ class LatentAttention(Attention):
         super().__init__(config)
         C, RQ, self.R = config.n_embd, config.q_rank, config.kv_rank
         NH, NKV, HS, NOPE, RD, QK = self.NH, self.NKV, self.HS, self.NOPE, self.RD, self.QK
-        norms = {"layernorm": nn.LayerNorm, "rmsnorm": partial(nn.RMSNorm, eps=1e-6), "none": nn.Identity}
+        norms = {"layernorm": nn.LayerNorm, "rmsnorm": partial(nn.RMSNorm, eps=1e-6),
+                 "none": nn.Identity}
         norm = norms[config.latent_norm]
         if RQ:
             self.q_a_proj = nn.Linear(C, RQ, bias=False)
@@ -293,9 +297,9 @@ class LatentAttention(Attention):
             self.q_b_proj = nn.Linear(RQ, NH * QK, bias=False)
         else:
             self.q_proj = nn.Linear(C, NH * QK, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(C, self.R + RD, bias=False)          # rows: latent, k_rope
+        self.kv_a_proj_with_mqa = nn.Linear(C, self.R + RD, bias=False)    # rows: latent, k_rope
         self.kv_a_layernorm = norm(self.R)
-        self.kv_b_proj = nn.Linear(self.R, NKV * (NOPE + HS), bias=False)        # rows per head: k_nope, v
+        self.kv_b_proj = nn.Linear(self.R, NKV * (NOPE + HS), bias=False)  # per head: k_nope, v
 
     def project(self, x, rope):
         if hasattr(self, "q_proj"):
@@ -303,27 +307,28 @@ class LatentAttention(Attention):
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))              # (B, T, NH*QK)
         q = rotate(split_heads(q, self.NH), rope)                                # (B, NH, T, QK)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.R, self.RD], dim=-1)  # (B, T, R | RD)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split(
+            [self.R, self.RD], dim=-1)                                           # (B, T, R | RD)
         latent = self.kv_a_layernorm(latent)
         if self.RD:
             latent = torch.cat([latent, rotate(k_rope, rope)], dim=-1)           # (B, T, R+RD)
-        return q, latent.unsqueeze(1)                                            # latent (B, 1, T, R+RD)
+        return q, latent.unsqueeze(1)                                      # latent (B, 1, T, R+RD)
 
     def up_project(self, latent):
         latent, k_rope = latent.split([self.R, self.RD], dim=-1)                 # (B, 1, S, R | RD)
-        kv = split_heads(self.kv_b_proj(latent.squeeze(1)), self.NKV)            # (B, NKV, S, NOPE+HS)
-        k, v = kv.split([self.NOPE, self.HS], dim=-1)                            # (B, NKV, S, NOPE | HS)
+        kv = split_heads(self.kv_b_proj(latent.squeeze(1)), self.NKV)      # (B, NKV, S, NOPE+HS)
+        k, v = kv.split([self.NOPE, self.HS], dim=-1)                      # (B, NKV, S, NOPE | HS)
         return (k, v, k_rope) if self.RD else (k, v)
 
     def attend_absorbed(self, q, latent):
         """attend_step without up-projection: the latents themselves are keys and values of an MQA.
 
         With W_UK, W_UV the rows of kv_b_proj that make a head's key and value,
-        q . (W_UK latent) = (W_UK^T q) . latent, and sums of W_UV latent are W_UV times sums of latents.
+        q . (W_UK latent) = (W_UK^T q) . latent, and sums of W_UV latent are W_UV times their sum.
         """
         w = self.kv_b_proj.weight.unflatten(0, (self.NKV, -1))                   # (NKV, NOPE+HS, R)
-        w_uk, w_uv = w.split([self.NOPE, self.HS], dim=1)                        # (NKV, NOPE | HS, R)
-        q_nope, q_rope = q.split([self.NOPE, self.RD], dim=-1)                   # (B, NH, 1, NOPE | RD)
+        w_uk, w_uv = w.split([self.NOPE, self.HS], dim=1)                  # (NKV, NOPE | HS, R)
+        q_nope, q_rope = q.split([self.NOPE, self.RD], dim=-1)             # (B, NH, 1, NOPE | RD)
         q_nope = self.matmul_by_kv_head(q_nope, w_uk)                            # (B, NH, 1, R)
         q = torch.cat([q_nope, q_rope], dim=-1)                                  # (B, NH, 1, R+RD)
         y = self.attend_step(q, latent, latent[..., :self.R])                    # (B, NH, 1, R)
@@ -370,10 +375,11 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """As GPT-2: N(0, 0.02), what adds to the residual scaled by 1/sqrt(2L), biases 0, norms 1."""
+        """As GPT-2: N(0, 0.02), what adds to the residual times 1/sqrt(2L), biases 0, norms 1."""
         for name, p in self.named_parameters():
             if p.dim() >= 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer if "c_proj" in name else 1))
+                nn.init.normal_(
+                    p, std=0.02 / math.sqrt(2 * self.config.n_layer if "c_proj" in name else 1))
             else:
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
 
@@ -407,10 +413,10 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx, n, temperature=0.0, top_k=0, cache="full"):
-        """idx (B, T), the prompts -> (B, T+n): n more tokens, the likeliest or, with a temperature, random"""
+        """idx (B, T) -> (B, T+n): n more tokens, the likeliest or, with a temperature, random"""
         training, T = self.training, idx.shape[1]
         self.eval()
-        cache = Cache(self, T + n - 1, cache)                                    # the last token is not read
+        cache = Cache(self, T + n - 1, cache)                         # the last token is not read
         idx = F.pad(idx, (0, n))                                                 # (B, T+n)
         for end in range(T, T + n):
             logits = self(idx[:, cache.length:end], cache=cache)[0][:, -1]       # (B, V)
@@ -418,7 +424,8 @@ class GPT(nn.Module):
                 worst = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:] # (B, 1)
                 logits = logits.masked_fill(logits < worst, -math.inf)
             if temperature > 0:
-                idx[:, end] = torch.multinomial((logits / temperature).softmax(dim=-1), 1).squeeze(1)
+                idx[:, end] = torch.multinomial(
+                    (logits / temperature).softmax(dim=-1), 1).squeeze(1)
             else:
                 idx[:, end] = logits.argmax(dim=-1)
         self.train(training)
@@ -430,7 +437,8 @@ class GPT(nn.Module):
         tensors, metadata = load_safetensors(path)
         model = cls(Config.from_metadata(metadata), dropout)
         names = model.state_dict().keys()
-        model.load_state_dict({name: torch.from_numpy(tensors[name]) for name in names if name in tensors})
+        model.load_state_dict(
+            {name: torch.from_numpy(tensors[name]) for name in names if name in tensors})
         return model
 
     def save_checkpoint(self, path):
@@ -440,10 +448,11 @@ class GPT(nn.Module):
         """AdamW; weight decay only for tensors of two or more dimensions."""
         decay = [p for p in self.parameters() if p.dim() >= 2]
         no_decay = [p for p in self.parameters() if p.dim() < 2]
-        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+        groups = [{"params": decay, "weight_decay": weight_decay},
+                  {"params": no_decay, "weight_decay": 0.0}]
         device = self.wte.weight.device
-        return torch.optim.AdamW(groups, lr=torch.tensor(lr, device=device), betas=betas, eps=eps, fused=True,
-                                 capturable=device.type == "cuda")
+        return torch.optim.AdamW(groups, lr=torch.tensor(lr, device=device), betas=betas, eps=eps,
+                                 fused=True, capturable=device.type == "cuda")
 
 
 # ----------------------------------------------------------------------------
@@ -458,7 +467,8 @@ def load_safetensors(path):
     tensors = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        tensors[name] = np.frombuffer(data, "<f4", (end - begin) // 4, begin).reshape(entry["shape"])
+        tensors[name] = np.frombuffer(
+            data, "<f4", (end - begin) // 4, begin).reshape(entry["shape"])
     return tensors, metadata
 
 
@@ -471,18 +481,19 @@ def save_safetensors(path, tensors, metadata):
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)                                              # keeps the data aligned
+    text += b" " * (-len(text) % 8)                                        # keeps the data aligned
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text + b"".join(chunks))
 
 
 def read_tokens(path):
-    """A token file (256 int32 of header, then uint16), or any other file as bytes -> tokens, are they bytes"""
+    """A token file (256 int32, then uint16), or any other as bytes -> tokens, are they bytes"""
     header = np.fromfile(path, "<i4", count=256)
     if len(header) < 3 or header[0] != 20240520:
         tokens = np.fromfile(path, np.uint8)
         if not tokens.all():
-            raise SystemExit(f"{path}: neither tokens (expected 20240520 at the start) nor text (it has zero bytes)")
+            raise SystemExit(f"{path}: neither tokens (expected 20240520 at the start) nor text "
+                             "(it has zero bytes)")
         return tokens, True
     if header[1] != 1:
         raise SystemExit(f"{path}: version {header[1]} of the token format, expected 1")
@@ -538,7 +549,8 @@ def load_tokens(args, model, path):
     c, (tokens, is_bytes) = model.config, read_tokens(path)
     args.seq_len = args.seq_len or c.block_size
     if c.position == "learned" and args.seq_len > c.block_size:
-        raise SystemExit(f"--seq-len {args.seq_len}: this model has {c.block_size} learned positions")
+        raise SystemExit(f"--seq-len {args.seq_len}: "
+                         f"this model has {c.block_size} learned positions")
     if len(tokens) < 2 or tokens.max() >= c.vocab_size:
         raise SystemExit(f"{path}: needs two tokens or more, all below vocab_size {c.vocab_size}")
     return tokens, is_bytes
@@ -561,7 +573,8 @@ def evaluate(args):
     tokens, is_bytes = load_tokens(args, model, args.val_data)
     loss = mean_loss(model, tokens, args.batch_size, args.seq_len)
     bits = f"{loss / math.log(2):.6f}" if is_bytes else "n/a"
-    print(f"loss {loss:.8f} perplexity {math.exp(loss):.6f} bits_per_byte {bits} tokens {len(tokens) - 1}")
+    print(f"loss {loss:.8f} perplexity {math.exp(loss):.6f} bits_per_byte {bits} "
+          f"tokens {len(tokens) - 1}")
 
 
 def learning_rate_at(args, step):
@@ -605,14 +618,16 @@ def train(args):
     val = load_tokens(args, model, args.val_data)[0] if args.val_data else None
     B, T, N = args.batch_size, args.seq_len, args.steps
     if len(tokens) < B * T + 1:
-        raise SystemExit(f"{args.train_data}: a batch needs {B * T + 1} tokens, the file has {len(tokens)}")
+        raise SystemExit(f"{args.train_data}: a batch needs {B * T + 1} tokens, "
+                         f"the file has {len(tokens)}")
     starts = batch_starts(tokens, B, T, N, args.order, args.seed).to(device)     # (N, B)
     data = torch.from_numpy(np.asarray(tokens).astype(np.int32)).to(device)
     window = torch.arange(T + 1, device=device)
-    at = torch.zeros(B, dtype=torch.long, device=device)                         # this step's row of starts
+    at = torch.zeros(B, dtype=torch.long, device=device)              # this step's row of starts
     loss = torch.zeros((), device=device)
     norm = torch.zeros((), device=device)
-    optimizer = model.configure_optimizer(args.learning_rate, (args.beta1, args.beta2), args.eps, args.weight_decay)
+    optimizer = model.configure_optimizer(args.learning_rate, (args.beta1, args.beta2), args.eps,
+                                          args.weight_decay)
     step_model = torch.compile(model) if args.compile else model
 
     def update():
@@ -629,12 +644,16 @@ def train(args):
         update = captured(update, model, optimizer)
     log = open(args.log, "w") if args.log else None
     if log:
-        configuration = ", ".join(f"{k} {v}" for k, v in model.config.to_metadata().items() if k != "format")
-        settings = f"training data {len(tokens)} tokens, order {args.order}, batch {B} x 1 x {T}, steps {N}, " \
-                   f"{args.schedule} schedule: warmup {args.warmup}, lr {args.learning_rate} to {args.min_lr}, " \
+        configuration = ", ".join(
+            f"{k} {v}" for k, v in model.config.to_metadata().items() if k != "format")
+        settings = f"training data {len(tokens)} tokens, order {args.order}, " \
+                   f"batch {B} x 1 x {T}, steps {N}, {args.schedule} schedule: " \
+                   f"warmup {args.warmup}, lr {args.learning_rate} to {args.min_lr}, " \
                    f"dropout {args.dropout}, seed {args.seed}"
-        log.write(f"# a log of gpt2_mla.py, {'bf16' if args.bf16 else 'float32'}\n# configuration: {configuration}\n"
-                  f"# parameters: {sum(p.numel() for p in model.parameters())}\n# settings: {settings}\n"
+        log.write(f"# a log of gpt2_mla.py, {'bf16' if args.bf16 else 'float32'}\n"
+                  f"# configuration: {configuration}\n"
+                  f"# parameters: {sum(p.numel() for p in model.parameters())}\n"
+                  f"# settings: {settings}\n"
                   "step,loss,lr,grad_norm,val_loss,tok_per_s,seconds\n")
     seconds, began, printed, start = [], time.perf_counter(), 0, time.perf_counter()
     for step in range(1, N + 1):
@@ -646,15 +665,17 @@ def train(args):
         validates = val is not None and (step == N or step % args.val_every == 0)
         if not (validates or step % args.print_every == 0 or step == N):
             continue
-        value = loss.item()                                                      # waits for the device
+        value = loss.item()                                                # waits for the device
         seconds.append((time.perf_counter() - start) / (step - printed))         # per step
         line = f"step {step}/{N} | loss {value:.6f}"
-        val_loss = mean_loss(model, val, args.eval_batch_size or B, T, args.bf16) if validates else None
+        val_loss = (mean_loss(model, val, args.eval_batch_size or B, T, args.bf16)
+                    if validates else None)
         print(line + (f" | val {val_loss:.6f}" if validates else ""), flush=True)
         if log:
             rate, passed = B * T / seconds[-1], time.perf_counter() - began
             shown = f"{val_loss:.6f}" if validates else ""
-            log.write(f"{step},{value:.6f},{lr:.6e},{norm.item():.6f},{shown},{rate:.0f},{passed:.3f}\n")
+            log.write(f"{step},{value:.6f},{lr:.6e},{norm.item():.6f},{shown},{rate:.0f},"
+                      f"{passed:.3f}\n")
             log.flush()
         if not math.isfinite(value):
             raise SystemExit(f"step {step}: loss {value}")
@@ -672,9 +693,9 @@ def decode(args):
     B, N = args.batch_size, args.context
     cache = Cache(model, N, args.cache)
     idx = torch.zeros(B, 1, dtype=torch.long)
-    model(idx, cache=cache)                                                      # makes the cache's tensors
+    model(idx, cache=cache)                                           # makes the cache's tensors
     for kept in sum(cache.kept.values(), []):
-        kept.normal_()                                                           # any past takes the same time
+        kept.normal_()                                                # any past takes the same time
     seconds = []
     for _ in range(args.steps + 2):
         cache.length = N - 1
@@ -694,7 +715,8 @@ def main():
         p.set_defaults(run=run)
         model = p.add_mutually_exclusive_group(required=True)
         model.add_argument("--load", metavar="FILE", help="checkpoint")
-        model.add_argument("--config", type=parse_config, metavar="KEY=VALUE,...", help="or a new model of this kind")
+        model.add_argument("--config", type=parse_config, metavar="KEY=VALUE,...",
+                           help="or a new model of this kind")
         p.add_argument("--batch-size", type=int, default=batch_size, help="sequences at a time")
         p.add_argument("--threads", type=int, default=0, help="default: PyTorch's choice")
         return p
@@ -705,8 +727,10 @@ def main():
     t.add_argument("--train-data", required=True, metavar="FILE")
     t.add_argument("--val-data", metavar="FILE")
     t.add_argument("--val-every", type=int, default=500, help="steps between validations (500)")
-    t.add_argument("--eval-batch-size", type=int, default=0, help="sequences at a time (--batch-size)")
-    t.add_argument("--print-every", type=int, default=1, help="steps between lines, and rows of the log (1)")
+    t.add_argument("--eval-batch-size", type=int, default=0,
+                   help="sequences at a time (--batch-size)")
+    t.add_argument("--print-every", type=int, default=1,
+                   help="steps between lines, and rows of the log (1)")
     t.add_argument("--log", metavar="FILE", help="CSV, as the C program's")
     t.add_argument("--order", choices=["sequential", "random"], default="sequential")
     t.add_argument("--schedule", choices=["constant", "cosine"], default="constant")
@@ -719,9 +743,11 @@ def main():
     t.add_argument("--save", metavar="FILE", help="write the trained model")
     t.add_argument("--compile", action="store_true", help="torch.compile the model")
     t.add_argument("--steps", type=int, default=20)
-    defaults = dict(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, grad_clip=1.0, dropout=0.0)
+    defaults = dict(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8,
+                    grad_clip=1.0, dropout=0.0)
     for name, default in defaults.items():
-        t.add_argument("--" + name.replace("_", "-"), type=float, default=default, help=f"default: {default}")
+        t.add_argument("--" + name.replace("_", "-"), type=float, default=default,
+                       help=f"default: {default}")
     for p in (e, t):
         p.add_argument("--seq-len", type=int, default=0, help="default: the model's block_size")
     d = command(decode, "decode", 1, "speed of generating, a token per sequence and step")

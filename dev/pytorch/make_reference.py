@@ -74,7 +74,7 @@ def latent_norm(kind, x, w, name):
 
 
 def rope(x):
-    """x (B, T, RD): the pair (i, i + RD/2) is a complex number, which position p turns by p * frequency."""
+    """x (B, T, RD): position p turns the pair (i, i + RD/2), a complex number, by p * frequency."""
     half = x.shape[-1] // 2
     if half == 0:
         return x
@@ -108,7 +108,7 @@ def attention(c, w, name, x):
     y = b_out = get("c_proj.bias")
     causal = torch.arange(x.shape[1])[:, None] >= torch.arange(x.shape[1])       # (T, T)
     for h in range(NH):
-        g = h // (NH // NKV)                                                     # its key/value head
+        g = h // (NH // NKV)                                               # its key/value head
         if c.attention == "mla":
             q = torch.einsum("btr,dr->btd", source, w_q[h * QK:(h + 1) * QK])
             w_k = get("kv_b_proj.weight")[g * (NOPE + HS):][:NOPE]
@@ -149,7 +149,7 @@ def model_by_definition(c, w, idx):
 
 
 def check_by_definition(model, x, y, logits):
-    """Logits and gradients of the module against the second implementation; the largest difference."""
+    """Logits and gradients of the module against the second implementation: largest difference."""
     w = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     again = model_by_definition(model.config, w, x)
     loss = -again.log_softmax(-1).gather(-1, y[..., None]).mean()
@@ -168,9 +168,10 @@ def check_transformers(model, x, logits):
     except ImportError:
         return
     c = model.config
-    other = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd,
-                                       n_layer=c.n_layer, n_head=c.n_head, bos_token_id=0, eos_token_id=0))
-    conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")                   # stored (in, out) there
+    other = GPT2LMHeadModel(GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+        n_head=c.n_head, bos_token_id=0, eos_token_id=0))
+    conv1d = ("c_attn.weight", "c_proj.weight", "c_fc.weight")             # stored (in, out) there
     state = {name: t.T if name.endswith(conv1d) else t for name, t in model.state_dict().items()}
     other.transformer.load_state_dict(state)
     other.double().eval()
@@ -233,17 +234,20 @@ def make_reference(name, choices, folder):
 
     values = dict(learning_rate=LEARNING_RATE, beta1=BETA1, beta2=BETA2, eps=EPS,
                   weight_decay=WEIGHT_DECAY, grad_clip=GRAD_CLIP)
-    metadata = model.config.to_metadata() | {"ref." + key: str(value) for key, value in values.items()}
+    metadata = (model.config.to_metadata()
+                | {"ref." + key: str(value) for key, value in values.items()})
     path = folder / f"{name}.safetensors"
     save_safetensors(path, tensors, metadata)
-    print(f"{path.name:34} {path.stat().st_size:7} bytes  loss {losses[0]:.4f} -> {losses[-1]:.4f}  "
+    print(f"{path.name:34} {path.stat().st_size:7} bytes  "
+          f"loss {losses[0]:.4f} -> {losses[-1]:.4f}  "
           f"norm {norms.max():.2f} .. {norms.min():.2f}  definition differs by {worst:.1e}")
 
 
 def main():
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parents[1] / "test/reference"
+    folder = (Path(sys.argv[1]) if len(sys.argv) > 1
+              else Path(__file__).resolve().parents[1] / "test/reference")
     folder.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)                                                     # one order of summation
+    torch.set_num_threads(1)                                               # one order of summation
     torch.use_deterministic_algorithms(True)
     for name, choices in MODELS.items():
         make_reference(name, choices, folder)

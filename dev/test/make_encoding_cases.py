@@ -29,14 +29,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from prepro_tinyshakespeare import difference, gpt2_tokenizer, read_file, tokenizer_file, write_files
+from prepro_tinyshakespeare import (
+    difference, gpt2_tokenizer, read_file, tokenizer_file, write_files)
 
 LITERALS = [
-    "", "<|endoftext|>", "One.<|endoftext|>\nTwo.", "Hello world", "Don't, don't; DON'T!", "'Tis I'd've'll",
-    "rock 'n' roll", "the dogs' bones", "\"'So,'\" he said.", "state-of-the-art (e.g. 'this')...",
+    "", "<|endoftext|>", "One.<|endoftext|>\nTwo.", "Hello world", "Don't, don't; DON'T!",
+    "'Tis I'd've'll", "rock 'n' roll", "the dogs' bones", "\"'So,'\" he said.",
+    "state-of-the-art (e.g. 'this')...",
     "int main(void) {\n\tprintf(\"%5.2f\\n\", x[i++]); /* y */\n    return 0;\n}\n",
     "def f(self, *args):\r\n    return {k: v for k, v in args} # __init__\r\n\r\n",
-    "https://www.example.com/a_b/c-d.html?q=1&r=%20x#top", "snake_case __dunder__ _x camelCaseXMLHttp2x",
+    "https://www.example.com/a_b/c-d.html?q=1&r=%20x#top",
+    "snake_case __dunder__ _x camelCaseXMLHttp2x",
     "3.14159 -1e-05 0xDEADBEEF 1,000,000 12:30 2024-03-28 v1.2.3 50% $9.99 #1 1st 2nd H2O a1b2c3",
     "".join(map(chr, range(32, 127))), "".join(map(chr, [*range(1, 32), 127])),
     "a" * 3000, " " * 3000, "\n" * 300, "=" * 300, "ab" * 300, " a" * 300,
@@ -70,7 +73,7 @@ def cases(text):
     lines = text.splitlines(keepends=True)
     spoken = [line for line in lines if line.strip()]
     yield from (spoken[i * len(spoken) // 1200] for i in range(1200))
-    yield from ("".join(lines[i * len(lines) // 40:][:2 + i % 8]) for i in range(40))  # a few together
+    yield from ("".join(lines[i * len(lines) // 40:][:2 + i % 8]) for i in range(40))  # several
     yield " ".join(text.split())[:10000]                # a long line
     yield "".join(filter(str.isalpha, text))[:10000]    # a long word
 
@@ -78,11 +81,13 @@ def cases(text):
     for n in range(1, 5):  # space, newline, letter, digit, sign and 's in every order
         yield from map("".join, itertools.product(" \n1's", repeat=n))
     for end in "s t re ve m ll d  S T RE Re rE LL lL D l r v e x lll ree sm".split(" "):
-        for form in "'{}", "we'{}", "we'{}n", "we'{} go", " '{}", "we '{}", "''{}", "7'{}", ".'{}", "\n'{}":
+        for form in ("'{}", "we'{}", "we'{}n", "we'{} go", " '{}", "we '{}", "''{}", "7'{}",
+                     ".'{}", "\n'{}"):
             yield form.format(end)
     for n, blank in itertools.product(range(1, 21), " \t\n"):
         run = n * blank
-        yield from (run, run + "word", "on" + run, "to" + run + "be", run + "42", run + "!", run + " 's")
+        yield from (run, run + "word", "on" + run, "to" + run + "be", run + "42", run + "!",
+                    run + " 's")
     for run in map("".join, itertools.product(" \t\n\r\v\f", repeat=2)):
         yield from (run + "word", "on" + run, "to" + run + " be", " " + run + "7")
     for c in map(chr, [*range(1, 32), 127]):  # 9 to 13 are blanks: spaces before them stay together
@@ -97,8 +102,10 @@ def cases(text):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--gpt2-files", metavar="DIR", required=True, help="where vocab.bpe and encoder.json are")
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--gpt2-files", metavar="DIR", required=True,
+                   help="where vocab.bpe and encoder.json are")
     p.add_argument("--text", metavar="FILE", required=True, help="tinyshakespeare")
     args = p.parse_args()
     text = read_file(args.text, "--text")
