@@ -27,12 +27,13 @@ static void unit_check(int right, const char *what) {
     if (!right) fprintf(stderr, "matrix_unit.h: %s\n", what), abort();
 }
 
-static long unit_ask(long number, ...) {  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+static long unit_ask(long number, ...) {
     va_list more;
     va_start(more, number);
     unit_allowed = va_arg(more, int) == 0x1023 && va_arg(more, int) == 18;
     va_end(more);
-    return unit_allowed ? 0 : -1;
+    unit_check(unit_allowed, "expected arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)");
+    return 0;
 }
 
 static void unit_configure(const uint8_t *c) {

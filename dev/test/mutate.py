@@ -7,7 +7,6 @@ mistakes are such as one makes: a sign, a dropped term, a wrong index, stride or
 
     dev/test/mutate.py                             all of them, some hours on two cores
     dev/test/mutate.py rotate attention_backward   those in functions (tables, macros) so named
-    dev/test/mutate.py --mpi                       those in training over MPI
     dev/test/mutate.py --check                     only see whether the table still fits the source
     dev/test/mutate.py --jobs 4                    four at a time
 
@@ -1122,6 +1121,20 @@ OVERRUNS = [
      "room for absorbed queries without their rotary part"),
 ]
 
+# Mistakes in the matrix unit's code, which is tested with its instructions done in C.
+MATRIX_UNIT = [
+    ("multiply_pairs", "a + 256, 64", "a + 512, 64", "the second tile of a is that of later terms"),
+    ("multiply_pairs", "b + 16, 128", "b, 128", "the first tile of b twice"),
+    ("multiply_pairs", "_tile_loadd(6, b, 128)", "_tile_loadd(6, b, 64)", "rows of b too near"),
+    ("multiply_pairs", "a += 512", "a += 256", "terms of a come twice"),
+    ("multiply_pairs", "start += 16 * start_row;", "", "the upper half's start twice"),
+    ("multiply_pairs", "_tile_zero(3);", "", "sums go on from the product before"),
+    ("multiply_pairs", "c + 16 * c_row + 16, to", "c + 16 * c_row, to", "a quarter of c is lost"),
+    ("multiply_pairs", "if (!configured)", "if (0)", "tiles that are not configured"),
+    ("multiply_pairs", "static _Thread_local int", "static int", "one thread's tiles configured"),
+    ("find_matrix_unit", "0x1023", "0x1022", "the system is asked whether, not for leave"),
+]
+
 # Mistakes in training over MPI, which mpi_test.py must notice.
 MPI = [
     ("training_step", "rank * B * T", "0 * B * T", "every rank takes the first rows"),
@@ -1207,28 +1220,33 @@ def first_failure(test, limit):
     return failure
 
 
-def verdict(tree, source, limit=3600, flags=CFLAGS, mpi=False):
-    """The first check that fails on `source` in a copy of `tree`, "" if all pass; and the seconds.
+# What must notice: targets to be built with flags, then tests. Those in double come first: most
+# mistakes are noticed there, and nothing else is built then. mpi_test.py builds for itself.
+DOUBLE = ["test_mla_double"], ["./test_mla_double"]
+PLACES = {
+    "": ([CFLAGS], [DOUBLE, ([SOURCE.removesuffix(".c"), "test_mla"], ["make", "test", CFLAGS])]),
+    "sanitized": ([SANITIZE, "OMP="], [DOUBLE]),
+    "matrix unit": ([CFLAGS + " -D__AMX_BF16__ -include dev/test/matrix_unit.h"],
+                    [(["test_mla"], ["./test_mla", "matrix product"])]),
+    "MPI": ([], [([".flags"], ["python3", "-u", "dev/test/mpi_test.py", "--kills", "1"])]),
+}
 
-    The tests in double come first: most mistakes are noticed there, and nothing else is built then.
-    With `mpi`, mpi_test.py alone, which builds for itself.
-    """
-    tests = [(["test_mla_double"], ["./test_mla_double"]),
-             ([SOURCE.removesuffix(".c"), "test_mla"], ["make", "test", CFLAGS])]
-    if mpi:
-        tests = [([".flags"], ["python3", "-u", "dev/test/mpi_test.py", "--kills", "1"])]
+
+def verdict(tree, source, place="", limit=3600):
+    """The first check that fails on `source` in a copy of `tree`, "" if all pass; the seconds."""
+    flags, tests = PLACES[place]
     began = time.time()
     with tempfile.TemporaryDirectory(prefix="mutate_") as folder:
         copy = shutil.copytree(tree, Path(folder) / "copy")
         (copy / SOURCE).write_text(source)
         failure = ""
         for targets, test in tests:
-            build = start(copy, "make", *targets, flags, *["OMP="] * (flags == SANITIZE))
+            build = start(copy, "make", *targets, *flags)
             output = build.communicate()[0]
             if build.returncode:
                 raise RuntimeError("does not compile:\n" + output)
             failure = first_failure(start(copy, *test), limit)
-            if failure or flags == SANITIZE:
+            if failure:
                 break
     return failure, time.time() - began
 
@@ -1238,24 +1256,20 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("functions", nargs="*", help="only mistakes in these functions")
     parser.add_argument("--jobs", type=int, default=1, help="how many at a time (1)")
-    parser.add_argument("--mpi", action="store_true", help="only mistakes in training over MPI")
     parser.add_argument("--check", action="store_true",
                         help="only see whether the table fits the source")
     options = parser.parse_args()
 
     source = (ROOT / SOURCE).read_text()
-    mistakes = MPI if options.mpi else MUTATIONS + OVERRUNS
-    table = ([(*entry, False) for entry in mistakes]
-             + [(*entry, True) for entry in HARMLESS * (not options.mpi)])
-    if options.check:
-        table += [(*entry, False) for entry in MPI]
+    table = [(*entry, place) for place, entries in (
+        ("", MUTATIONS), ("sanitized", OVERRUNS), ("matrix unit", MATRIX_UNIT), ("MPI", MPI),
+        ("harmless", HARMLESS)) for entry in entries]
     errors = [f"{name}: no such function in the table"
               for name in set(options.functions) - {entry[0] for entry in table}]
     mutants = []
-    for name, old, new, what, harmless in table:
+    for name, old, new, what, place in table:
         try:
-            flags = SANITIZE if (name, old, new, what) in OVERRUNS else CFLAGS
-            mutants.append((name, what, harmless, flags, mutant(source, name, old, new)))
+            mutants.append((name, what, place, mutant(source, name, old, new)))
         except LookupError as error:
             errors.append(str(error))
     if errors:
@@ -1263,7 +1277,7 @@ def main():
               *errors, sep="\n  ", file=sys.stderr)
         return 2
     if options.check:
-        print(f"{len(MUTATIONS + OVERRUNS + MPI)} mistakes and {len(HARMLESS)} harmless changes "
+        print(f"{len(table) - len(HARMLESS)} mistakes and {len(HARMLESS)} harmless changes "
               f"fit {SOURCE}")
         return 0
     if options.functions:
@@ -1275,16 +1289,21 @@ def main():
         built = ("train_gpt2_mla", "test_mla", "test_mla_double", ".flags")
         others = (".git", ".ci", "data", "figures", "*.md", "fuzz", "pytorch", "speed")
         shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*built, *others))
-        failure, took = verdict(tree, source, mpi=options.mpi)
-        if failure:
-            print(f"dev/test/mutate.py: the tests do not pass on {SOURCE} as it is: {failure}",
-                  file=sys.stderr)
-            return 2
-        print(f"{'':9} passes {took:5.1f} s  {SOURCE} as it is", flush=True)
+        tests = {"harmless": "", **{place: place for place in PLACES}}  # by which tests
+        limits = {}
+        for place in {tests[place]: 1 for _, _, place, _ in mutants}:
+            failure, took = verdict(tree, source, place)
+            if failure:
+                print(f"dev/test/mutate.py: the tests do not pass on {SOURCE} as it is: {failure}",
+                      file=sys.stderr)
+                return 2
+            limits[place] = PATIENCE * took
+            print(f"{'':9} passes {took:5.1f} s  {SOURCE} as it is{place and ', ' + place}",
+                  flush=True)
         pool = concurrent.futures.ThreadPoolExecutor(options.jobs)
         try:
-            running = {pool.submit(verdict, tree, text, PATIENCE * took, flags, options.mpi):
-                       (name, what, harmless) for name, what, harmless, flags, text in mutants}
+            running = {pool.submit(verdict, tree, text, tests[place], limits[tests[place]]):
+                       (name, what, place == "harmless") for name, what, place, text in mutants}
             for done, future in enumerate(concurrent.futures.as_completed(running), 1):
                 name, what, harmless = running[future]
                 try:
