@@ -496,7 +496,7 @@ def layer_to_mla(path, l, config, w, rank, moments=None):
     w: name in the layer -> tensor in float64. Biases go as section 12 has it; then (31), whose
     first factor is an orthonormal basis of R outputs, A_R, and the second A_R^T [W_K; W_V]. Which
     outputs: those that are largest for x of covariance 1, or, with moments = (mean, covariance),
-    for the x of data.
+    for the x of data (31a).
     """
     NKV, HS, C = config.n_kv_head, config.head_size, config.n_embd
     shared = NKV * HS

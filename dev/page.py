@@ -11,14 +11,16 @@ sections, and its first table, which says what belongs to which chapter. dev/pag
 style and script, which are put into the file.
 
 --check, which every build does too, goes both ways: a number that is cited exists, and a number
-that the table gives to a chapter is cited in that chapter.
+that the table gives to a chapter, or to a file, is cited there.
 
 Exit status 1, and a line for each thing that is not understood or does not fit; then nothing is
 written.
 """
 import argparse
+import collections
 import csv
 import html
+import itertools
 import json
 import os
 import pathlib
@@ -32,9 +34,13 @@ NUMBER = r"\d{1,2}[a-f]?"
 CITED = re.compile(r"(?<![\w)\]])\((%s(?:(?:, or | or |, | and | to )%s)*)\)" % (NUMBER, NUMBER))
 FORMULA = r"(?<![\\$\w])\$(?!\s)([^$]+?)(?<!\s)\$(?!\w)"
 IN_TEXT = re.compile(r"(?<![\w\]])\((%s|[qM]\d)\)" % NUMBER)
-CLASS_BEYOND = 'class="beyond"'
-# Where the living figures stand: behind an equation, or behind a figure of the text.
-PLACES = {"cache": 'id="eq-24"', "absorption": "absorbed.svg", "results": "rank_loss.svg"}
+# Which living figure stands behind an equation or behind a figure of the text.
+LIVING = {"24": "cache", "absorbed.svg": "absorption", "rank_loss.svg": "results"}
+
+# Of the program. `first`: the line where it begins, with its part's banner; `banner`: its own.
+Chapter = collections.namedtuple("Chapter", "number title part beyond first banner")
+# Of the writeup's first table: a chapter of the program, or a file beside it, or neither.
+Row = collections.namedtuple("Row", "part chapter file numbers sections")
 
 
 class Forms(Exception):
@@ -48,20 +54,37 @@ def need(found, where, expected):
     return found
 
 
+def read(name):
+    """The text of a file of the repository."""
+    try:
+        return (ROOT / name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise Forms(f"{name}: expected UTF-8, found {error.reason} at byte {error.start}") from None
+
+
+def class_of(beyond):
+    """The attribute of what "Part I only" hides."""
+    return ' class="beyond"' if beyond else ""
+
+
 class Code:
-    """The program: its parts, chapters and functions, and the places that cite equations."""
+    """The program: its chapters, its functions, and its comments by lines."""
 
     def __init__(self, source):
         self.source = source
         self.lines = source.splitlines()
         blank, self.comment = self.split(source)
         where = "train_gpt2_mla.c"
-        self.parts = need([(i, *m.groups()) for i, s in enumerate(self.lines, 1)
-                           if (m := re.match(r"// #{4,} PART (I+): (.+?) #{4,}$", s))],
-                          where, 'banners "// #### PART I: TITLE ####"')
-        self.chapters = need([(i, int(m[1]), m[2]) for i, s in enumerate(self.lines, 1)
-                              if (m := re.match(r"// ={4,} (\d+)  (.+?) ={4,}$", s))],
-                             where, 'banners "// ==== 1  TITLE ===="')
+        self.chapters, part, first, beyond = [], None, None, False
+        for i, line in enumerate(self.lines, 1):
+            if m := re.match(r"// #{4,} PART (I+): (.+?) #{4,}$", line):
+                part, first, beyond = f"Part {m[1]}: {m[2].capitalize()}", i, m[1] != "I"
+            elif m := re.match(r"// ={4,} (\d+)  (.+?) ={4,}$", line):
+                self.chapters.append(Chapter(int(m[1]), m[2].capitalize(), part, beyond,
+                                             first or i, i))
+                first = None
+        need(part, where, 'banners "// #### PART I: TITLE ####"')
+        need(self.chapters, where, 'banners "// ==== 1  TITLE ===="')
         self.functions = {}  # name -> first and last line of its definition
         rows = blank.splitlines()
         for m in re.finditer(r"^(?!typedef|struct|enum)[a-z_][\w \n*]*?\b(\w+)\([^;{}]*\)\s*\{",
@@ -89,7 +112,7 @@ class Code:
 
     def chapter_at(self, line):
         """The number of the chapter that has this line; 0 before the first."""
-        return max(((i, n) for i, n, _ in self.chapters if i <= line), default=(0, 0))[1]
+        return max((c.number for c in self.chapters if c.banner <= line), default=0)
 
     def function_at(self, line):
         """The function that has this line, in its body or in the comment above it, or None. Under a
@@ -97,22 +120,18 @@ class Code:
         for name, (first, last) in self.functions.items():
             if first <= line <= last:
                 return name
-        block = self.block(line)
-        heading = block and self.lines[block - 1].startswith("// --- ")
-        name, first = min(((n, f) for n, (f, _) in self.functions.items() if f > line),
-                          key=lambda at: at[1], default=(None, 0))
-        if name and self.chapter_at(line) == self.chapter_at(first) and self.comment[line - 1]:
-            if heading or all(self.block(i) for i in range(line, first)):
-                return name
-        return None
+        first, name = min(((first, name) for name, (first, _) in self.functions.items()
+                           if first > line), default=(0, None))
+        if self.chapter_at(line) != self.chapter_at(first):
+            return None
+        above = list(itertools.takewhile(self.is_comment, reversed(self.lines[:line])))
+        heading = above and above[-1].startswith("// --- ")
+        joined = all(map(self.is_comment, self.lines[line - 1:first - 1]))
+        return name if heading or joined else None
 
-    def block(self, line):
-        """Where the run of full-line comments that has this line begins; 0 outside of any."""
-        while line and self.lines[line - 1].startswith("//"):
-            line -= 1
-            if not line or not self.lines[line - 1].startswith("//"):
-                return line + 1
-        return 0
+    @staticmethod
+    def is_comment(line):
+        return line.startswith("//")
 
 
 class Texts:
@@ -127,7 +146,7 @@ class Texts:
                              "doc/writeup.md", 'numbered sections, "## 1 Title"')
         table = need(re.search(r"^\| in the program \| here \|\n\|[-|]+\|\n((?:\|.*\n)+)", writeup,
                                re.M), "doc/writeup.md", 'a table "| in the program | here |"')
-        self.rows, part = [], None  # (part, chapter or None, numbers, sections)
+        self.rows, part = [], None
         for row in table[1].splitlines():
             cells = [cell.strip() for cell in row.strip("|").split("|")]
             if len(cells) != 2:
@@ -136,11 +155,12 @@ class Texts:
             if left.startswith("**"):
                 part = left.strip("*").split(",")[0]
                 continue
-            chapter = re.match(r"\d+", left)
+            chapter, file = re.match(r"\d+", left), re.search(r"`(.+)`$", left)
             numbers = self.expand(re.sub(r"[()]", "", right.split("section")[0]))
             numbers += [n for m in CITED.finditer(right) for n in self.expand(m[1])]
-            self.rows.append((part, int(chapter[0]) if chapter else None, list(dict.fromkeys(
-                numbers)), [int(n) for n in re.findall(r"section (\d+)", right)]))
+            self.rows.append(Row(part, chapter and int(chapter[0]), file and file[1],
+                                 list(dict.fromkeys(numbers)),
+                                 [int(n) for n in re.findall(r"section (\d+)", right)]))
 
     def expand(self, words):
         """The numbers of "20, 23" or "23a to 23f, or 8"; one that does not exist stays as it is."""
@@ -173,17 +193,22 @@ def check(code, texts):
         wrong += [f"doc/{name}:{prose.count(chr(10), 0, m.start()) + 1}: cites ({m[1]}), "
                   "which no equation has"
                   for m in IN_TEXT.finditer(prose) if m[1] not in texts.numbers + texts.others]
-    chapters = {n for _, n, _ in code.chapters}
+    chapters = {c.number for c in code.chapters}
     here = {(code.chapter_at(i), n) for i, n in cited}
     table = "the table at the beginning of doc/writeup.md"
-    for _, chapter, numbers, sections in texts.rows:
-        if chapter is not None and chapter not in chapters:
-            wrong.append(f"{table}: the program has no chapter {chapter}")
+    for _, chapter, file, numbers, sections in texts.rows:
         wrong += [f"{table}: no equation is ({n})" for n in numbers if n not in texts.numbers]
         wrong += [f"{table}: there is no section {n}" for n in sections if n not in texts.sections]
-        wrong += [f"train_gpt2_mla.c: chapter {chapter} does not cite ({n}), which {table} says "
-                  "is there" for n in numbers if chapter in chapters and (chapter, n) not in here]
-    listed = {n for row in texts.rows for n in row[2]}
+        if chapter and chapter not in chapters:
+            wrong.append(f"{table}: the program has no chapter {chapter}")
+        elif chapter:
+            wrong += [f"train_gpt2_mla.c: chapter {chapter} does not cite ({n}), which {table} "
+                      "says is there" for n in numbers if (chapter, n) not in here]
+        elif file:
+            there = {n for m in CITED.finditer(read(file)) for n in texts.expand(m[1])}
+            wrong += [f"{file}: does not cite ({n}), which {table} says is there"
+                      for n in numbers if n not in there]
+    listed = {n for row in texts.rows for n in row.numbers}
     wrong += [f"{table}: equation ({n}) is missing" for n in texts.numbers if n not in listed]
     return wrong
 
@@ -191,22 +216,21 @@ def check(code, texts):
 # --- The text
 
 def pieces(latex):
-    """An equation cut, outside of all brackets, at wide spaces and before each = of a chain, so
-    that it can wrap: a list of chains."""
+    """A formula cut, outside of all brackets, at wide spaces and before each further = of a chain,
+    so that it can wrap: a list of chains. No cut comes behind a word with a colon."""
     depth, start, chains = 0, 0, [[]]
-    for m in re.finditer(r"\\left\b|\\right\b|\\q?quad\b|\\.|[{}()\[\]=]", latex):
-        if m[0] in ("{", "\\left", "(", "["):
-            depth += 1
-        elif m[0] in ("}", "\\right", ")", "]"):
-            depth -= 1
-        elif depth == 0 and (m[0] == "=" and "=" in latex[start:m.start()] or m[0].endswith("quad")
-                             and not latex[:m.start()].endswith(":}")):
-            chains[-1].append(latex[start:m.start()])
-            start = m.start() if m[0] == "=" else m.end()
-            if m[0] != "=":
-                chains.append([])
+    for m in re.finditer(r"\\q?quad\b|\\.|[{}()\[\]=]", latex):
+        depth += (m[0] in "{([") - (m[0] in "})]")
+        before = latex[start:m.start()]
+        if depth == 0 and m[0] == "=" and "=" in before:
+            chains[-1].append(before)
+            start = m.start()
+        elif depth == 0 and m[0].endswith("quad") and not before.endswith(":}"):
+            chains[-1].append(before)
+            chains.append([])
+            start = m.end()
     chains[-1].append(latex[start:])
-    return [[piece.strip() for piece in chain] for chain in chains]
+    return chains
 
 
 def mathml(latex, display="inline"):
@@ -221,44 +245,42 @@ def mathml(latex, display="inline"):
     return math.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
 
 
-class Text:
+class TextHtml:
     """The Markdown files as HTML."""
 
     def __init__(self, code, texts):
-        self.code, self.texts = code, texts
+        self.code = code
         self.mentions = {}  # function -> [(id of a mention, heading above it)]
-        self.contents = []  # (level, id, title, beyond Part I)
-        self.places = {n: self.places_of(n) for n in texts.numbers}
-        beyond = [row for row in texts.rows if row[0] != "Part I"]
-        self.beyond = {n for row in beyond for n in row[3]}
-
-    def places_of(self, number):
-        """(label, anchor, line) of what cites an equation: functions, and comments outside."""
-        found = {}
-        for line, n in citations(self.code, self.texts):
-            chapter, name = self.code.chapter_at(line), self.code.function_at(line)
-            if n == number and chapter:
-                label, anchor = ((name, f"f-{name}") if name else
-                                 (f"chapter {chapter}, line {line}", f"L{line}"))
-                found.setdefault(label, (label, anchor, line))
-        return sorted(found.values(), key=lambda place: not place[1].startswith("f-"))
+        self.contents = []  # (id, title, beyond Part I)
+        self.beyond = {n for row in texts.rows if row.part != "Part I" for n in row.sections}
+        self.places = {n: [] for n in texts.numbers}  # (label, anchor, line) of what cites it
+        for line, n in citations(code, texts):
+            chapter, name = code.chapter_at(line), code.function_at(line)
+            label = name or f"chapter {chapter}, line {line}"
+            if chapter and label not in [place[0] for place in self.places[n]]:
+                self.places[n].append((label, f"f-{name}" if name else f"L{line}", line))
 
     def equation(self, match):
         """A display formula; a number becomes a list of the functions that compute it."""
         latex = " ".join(match[1].split())
         tag = re.search(r"\\tag\{([^}]+)\}", latex)
-        parts = pieces(latex.replace(tag[0], "") if tag else latex)
         said = '<div class="parts">%s</div>' % "".join(
-            "<span>%s</span>" % "".join(mathml(p, "block") for p in chain) for chain in parts)
+            "<span>%s</span>" % "".join(mathml(piece, "block") for piece in chain)
+            for chain in pieces(latex.replace(tag[0], "") if tag else latex))
         if not tag:
             return f'<div class="eq">{said}</div>'
         n, rows = tag[1], ""
-        for label, anchor, _ in self.places.get(n, []):
+        for label, anchor, _ in sorted(self.places.get(n, []), key=lambda at: at[1][0] == "L"):
             name = f"<code>{label}</code>" if anchor.startswith("f-") else label
             rows += f'<li><a href="#{anchor}">{name}</a></li>'
-        rows += f'<li><a href="#eq-{n}">link to ({n})</a></li>'
         return (f'<div class="eq" id="eq-{n}">{said}<details class="number">'
-                f'<summary>({n})</summary><ul>{rows}</ul></details></div>')
+                f'<summary>({n})</summary><ul>{rows}<li><a href="#eq-{n}">link to ({n})</a></li>'
+                f"</ul></details></div>{self.living(n)}")
+
+    @staticmethod
+    def living(behind):
+        """The empty place of the living figure that stands behind this, which the script fills."""
+        return f'<div class="living" id="living-{LIVING[behind]}"></div>' * (behind in LIVING)
 
     def convert(self, source, name, down):
         """The HTML of a file; headings go `down` levels, ids of sections begin with `name`."""
@@ -284,13 +306,19 @@ class Text:
                 return self.md.htmlStash.store(link), *m.span()
 
         source = re.sub(r"<!--.*?-->", "", source, flags=re.S)
+        # Lists may stand right below a paragraph, which this Markdown does not take.
         source = re.sub(r"^((?!- |\d+\. |[ |]).+)\n(?=- )", r"\1\n\n", source, flags=re.M)
         md = markdown.Markdown(extensions=["tables", "sane_lists"])
         md.preprocessors.register(Displays(md), "displays", 25)
         md.inlinePatterns.register(Formula(FORMULA, md), "formula", 185)
         md.inlinePatterns.register(Citation(IN_TEXT.pattern, md), "citation", 100)
         body = md.convert(source)
+        plain = re.sub(r"<(pre|code)>.*?</\1>", "", body, flags=re.S)
+        if "$" in plain:
+            raise Forms(f"doc/{name}.md: expected the other $ of a formula, found none: "
+                        + plain[plain.index("$"):].splitlines()[0])
         body = re.sub(r"<(/?)h(\d)>", lambda m: f"<{m[1]}h{int(m[2]) + down}>", body)
+        # A heading of a table that has no words is none.
         body = re.sub(r"<thead>\s*<tr>(\s*<th[^>]*></th>)+\s*</tr>\s*</thead>", "", body)
         body = re.sub(r"<th([^>]*)></th>", r"<td\1></td>", body)
         body = re.sub(r"<table>.*?</table>", r'<div class="scrolls">\g<0></div>', body, flags=re.S)
@@ -302,43 +330,37 @@ class Text:
     def figure(self, match):
         """A figure, put into the page, and its caption, a paragraph in italics below it."""
         source, alt = (re.search(rf'{key}="([^"]*)"', match[1])[1] for key in ("src", "alt"))
-        path = ROOT / "doc" / source
-        if not path.is_file():
+        if not (ROOT / "doc" / source).is_file():
             raise Forms(f"doc/{source}: a figure that the text shows is not there")
-        svg = path.read_text()
-        svg = re.sub(r"<metadata>.*?</metadata>|<\?xml.*?\?>|<!DOCTYPE.*?>", "", svg, flags=re.S)
+        svg = re.sub(r"<metadata>.*?</metadata>|<\?xml.*?\?>|<!DOCTYPE.*?>", "",
+                     read(f"doc/{source}"), flags=re.S)
         data = urllib.parse.quote(re.sub(r"\s+", " ", svg), safe=" =:/'(),;.<>{}")
         caption = f"<figcaption>{match[2]}</figcaption>" if match[2] else ""
-        return (f'<figure><!--{os.path.basename(source)}--><img src="data:image/svg+xml,{data}" '
-                f'alt="{" ".join(alt.split())}">{caption}</figure>')
+        return (f'<figure><img src="data:image/svg+xml,{data}" alt="{" ".join(alt.split())}">'
+                f"{caption}</figure>{self.living(os.path.basename(source))}")
 
     def sections(self, body, name, down):
         """Ids for headings, a section for each of the second level, and links to functions."""
-        seen, out, here, title = set(), [], name, name
+        seen, out, title, end = set(), [], name, ""
         for part in re.split(r"(<h[1-5]>.*?</h[1-5]>)", body, flags=re.S):
             m = re.match(r"<h(\d)>(.*)</h\d>", part, re.S)
             if not m:
                 out.append(self.link_functions(part, title))
                 continue
-            level, words = int(m[1]) - down, html.unescape(re.sub(r"<[^>]+>", "", m[2]))
-            numbered = re.match(r"(\d+) ", words)
-            slug = re.sub(r"\W+", "-", words.lower()).strip("-")
-            if level == 1:
-                here = name
-            else:
-                here = f"section-{numbered[1]}" if numbered else f"{name}-{slug}"
+            level, title = int(m[1]) - down, html.unescape(re.sub(r"<[^>]+>", "", m[2]))
+            number = re.match(r"\d+(?= )", title)
+            here = (name if level == 1 else f"section-{number[0]}" if number else
+                    f"{name}-" + re.sub(r"\W+", "-", title.lower()).strip("-"))
             while here in seen:
                 here += "-"
             seen.add(here)
-            beyond = name == "modify" or bool(numbered and int(numbered[1]) in self.beyond)
-            title = words
             if level <= 2:
-                out.append("</section>" * bool(self.contents and seen != {here}))
-                label = ' class="beyond"' if beyond else ""
-                out.append(f'<section{label} aria-labelledby="{here}">')
-                self.contents.append((level, here, words, beyond))
+                beyond = name == "modify" or bool(number) and int(number[0]) in self.beyond
+                out.append(f'{end}<section{class_of(beyond)} aria-labelledby="{here}">')
+                self.contents.append((here, title, beyond))
+                end = "</section>"
             out.append(f'<h{m[1]} id="{here}">{m[2]}</h{m[1]}>')
-        return "".join(out) + "</section>"
+        return "".join(out) + end
 
     def link_functions(self, body, title):
         """Links from functions' names in the text, and a record of them for links back."""
@@ -356,64 +378,32 @@ class Text:
 
 def code_html(code, mentions):
     """The program, a section for each chapter, a span with an id for each line."""
+    import pygments
+    from pygments.formatters import HtmlFormatter
     from pygments.lexers import CLexer
-    from pygments.token import Comment, Keyword, Number, String
-    kinds = [(Comment.Preproc, "p"), (Comment.PreprocFile, "p"), (Comment, "c"), (Keyword, "k"),
-             (String, "s"), (Number, "n")]
-    lines, first_lines = [""], {first: name for name, (first, _) in code.functions.items()}
+    from pygments.token import Comment, Keyword, Number, String, Token
+    kinds = [Comment.Preproc, Comment.PreprocFile, Comment, Keyword, String, Number]
+    tokens = ((next((kind for kind in kinds if token in kind), Token), text)
+              for token, text in CLexer(stripnl=False).get_tokens(code.source))
+    lines = pygments.format(tokens, HtmlFormatter(nowrap=True)).split("\n")
 
     def cite(m):
-        return "(%s)" % re.sub(NUMBER, r'<a class="cite" href="#eq-\g<0>">\g<0></a>', m[1])
+        return re.sub(NUMBER, r'<a class="cite" href="#eq-\g<0>">\g<0></a>', m[0])
+    lines = [re.sub('(?<=<span class="c">)[^<]*', lambda m: CITED.sub(cite, m[0]), line)
+             for line in lines]
+    for name, (first, _) in code.functions.items():
+        anchor = mentions[name][0][0] if name in mentions else f"f-{name}"
+        lines[first - 1] = re.sub(rf"\b{name}(?=\()", f'<a class="f" id="f-{name}" '
+                                  f'href="#{anchor}">{name}</a>', lines[first - 1], count=1)
 
-    def define(text, line):
-        name = first_lines.get(line)
-        places = mentions.get(name, [])
-        if not name or not re.search(rf"\b{name}\b", text):
-            return html.escape(text, quote=False)
-        href = f"#{places[0][0]}" if places else f"#f-{name}"
-        back = f'<a class="f" id="f-{name}" href="{href}">{name}</a>'
-        return re.sub(rf"\b{name}\b", lambda m: back, html.escape(text, quote=False), count=1)
-
-    run, held = None, []
-
-    def flush():
-        text = "".join(held)
-        held.clear()
-        for k, piece in enumerate(text.split("\n")):
-            if k:
-                lines.append("")
-            if not piece:
-                continue
-            if run == "c":
-                piece = CITED.sub(cite, html.escape(piece, quote=False))
-            else:
-                piece = define(piece, len(lines))
-            lines[-1] += f'<span class="{run}">{piece}</span>' if run else piece
-
-    for token, text in CLexer(stripnl=False).get_tokens(code.source):
-        kind = next((c for t, c in kinds if token in t), None)
-        if kind != run:
-            flush()
-            run = kind
-        held.append(text)
-    flush()
-
-    starts = [(1, None, "HOW TO READ THIS FILE", True)]  # line, number, title, in Part I
-    part = "I"
-    for line, number, title in code.chapters:
-        banner = [(i, roman) for i, roman, _ in code.parts if starts[-1][0] < i <= line]
-        part = banner[-1][1] if banner else part
-        starts.append((banner[0][0] if banner else line, number, title, part == "I"))
-    out = []
-    for (first, number, title, keep), end in zip(starts, [s[0] for s in starts[1:]]
-                                                 + [len(code.lines) + 1]):
-        name = f"Chapter {number}: {title.capitalize()}" if number else title.capitalize()
-        anchor = f"chapter-{number}" if number else "code-head"
+    head = Chapter(0, "How to read this file", "", False, 1, 1)
+    out, ends = [], [c.first for c in code.chapters] + [len(code.lines) + 1]
+    for c, end in zip([head, *code.chapters], ends):
+        title = html.escape(f"Chapter {c.number}: {c.title}" if c.number else c.title)
         body = "".join(f'<span class="l" id="L{i}">{lines[i - 1]}\n</span>'
-                       for i in range(first, end))
-        out.append(f'<section id="{anchor}"{"" if keep else " " + CLASS_BEYOND} '
-                   f'data-name="{html.escape(name)}" style="--first:{first - 1}">'
-                   f'<h2 class="unseen">{html.escape(name)}</h2>'
+                       for i in range(c.first, end))
+        out.append(f'<section id="chapter-{c.number}"{class_of(c.beyond)} '
+                   f'style="--first:{c.first - 1}"><h2 class="unseen">{title}</h2>'
                    f"<pre><code>{body}</code></pre></section>")
     return "".join(out)
 
@@ -424,14 +414,14 @@ def following(code, texts, text, body):
     """(id in the text, line of the code) of what belongs together, in the text's order: equations
     and their first citation in their chapter, sections, and the first function that a paragraph
     names."""
-    beside, banner = {}, {n: i for i, n, _ in code.chapters}
-    for _, chapter, numbers, sections in texts.rows:
-        for n in numbers:
-            lines = [line for *_, line in text.places[n] if code.chapter_at(line) == chapter]
+    beside, banner = {}, {c.number: c.banner for c in code.chapters}
+    for row in texts.rows:
+        for n in row.numbers:
+            lines = [line for *_, line in text.places[n] if code.chapter_at(line) == row.chapter]
             if lines:
                 beside[f"eq-{n}"] = min(lines)
-        if chapter:
-            beside.update((f"section-{n}", banner[chapter]) for n in sections)
+        if row.chapter:
+            beside.update((f"section-{n}", banner[row.chapter]) for n in row.sections)
     pairs, section, block = [], None, None
     for m in re.finditer(r'id="((?:eq|section)-\w+|m-(\w+)-\d+)"', body):
         anchor, line = m[1], beside.get(m[1])
@@ -476,64 +466,59 @@ def symbols(texts):
 
 
 def results():
-    """Experiment -> its runs, [row, seed, loss, parameters, cached floats, learning rate]."""
+    """Experiment -> its runs, [row, seed, loss, parameters, cached floats, learning rate, command].
+    """
     found = {}
     for path in sorted((ROOT / "dev/results").glob("*.csv")):
-        with open(path, newline="") as f:
-            found[path.stem] = [[r["row"], int(r["seed"]), float(r["val_loss"]),
-                                 int(r["parameters"]), int(r["cache"]), r["learning_rate"]]
-                                for r in csv.DictReader(f)]
+        runs = list(csv.DictReader(read(path.relative_to(ROOT)).splitlines()))
+        program = {run.get("row"): run.get("program") for run in runs}
+
+        def command(run):
+            row = run["row"].removesuffix(", at once")  # the loss before that row's fine-tuning
+            return (f'python3 dev/experiments.py {path.stem} --only "{row}" --seeds {run["seed"]}'
+                    + " --device cuda" * (program.get(row) == "PyTorch"))
+        try:
+            found[path.stem] = [[run["row"], int(run["seed"]), float(run["val_loss"]),
+                                 int(run["parameters"]), int(run["cache"]), run["learning_rate"],
+                                 command(run)] for run in runs]
+        except (KeyError, TypeError, ValueError) as error:
+            raise Forms(f"dev/results/{path.name}: no table of runs: {error!r}") from error
     return need(found, "dev/results", "CSV files of experiments")
-
-
-def place_figures(body):
-    """The text with empty places for the living figures, which the script fills."""
-    for name, mark in PLACES.items():
-        at = body.find(mark)
-        end = body.find("</details></div>" if mark.startswith("id=") else "</figure>", at)
-        if at < 0 or end < 0:
-            raise Forms(f"doc/writeup.md: no {mark} for the figure of {name} to stand behind")
-        end = body.index(">", body.index("/div" if mark.startswith("id=") else "/figure", end)) + 1
-        body = body[:end] + f'<div class="living" id="living-{name}"></div>' + body[end:]
-    return body
 
 
 def contents(code, text):
     """Both tables of contents."""
-    rows = "".join(f'<li{" " + CLASS_BEYOND if beyond else ""}><a href="#{anchor}">'
-                   f"{html.escape(title)}</a></li>" for _, anchor, title, beyond in text.contents)
-    chapters, part = "", iter([(i, f"Part {r}: {t.capitalize()}") for i, r, t in code.parts])
-    following_part = next(part)
-    beyond = ""
-    for line, number, title in code.chapters:
-        if following_part and following_part[0] < line:
-            beyond = "" if following_part[1].startswith("Part I:") else " " + CLASS_BEYOND
-            chapters += f'<li{beyond}><strong>{html.escape(following_part[1])}</strong></li>'
-            following_part = next(part, None)
-        names = [n for n, (f, _) in code.functions.items() if code.chapter_at(f) == number]
-        chapters += (f'<li{beyond}><a href="#chapter-{number}">{number} {title.capitalize()}</a>'
-                     "<details><summary>functions</summary>%s</details></li>"
-                     % ", ".join(f'<a href="#f-{n}"><code>{n}</code></a>' for n in names))
-    return (f'<div><h2>Text</h2><ul>{rows}</ul></div><div><h2>Code</h2><ul>{chapters}</ul></div>')
+    rows = "".join(f'<li{class_of(beyond)}><a href="#{anchor}">{html.escape(title)}</a></li>'
+                   for anchor, title, beyond in text.contents)
+    chapters = ""
+    for part, members in itertools.groupby(code.chapters, lambda c: (c.part, c.beyond)):
+        chapters += f"<li{class_of(part[1])}><strong>{html.escape(part[0])}</strong></li>"
+        for c in members:
+            names = ", ".join(f'<a href="#f-{name}"><code>{name}</code></a>'
+                              for name, (first, _) in code.functions.items()
+                              if code.chapter_at(first) == c.number)
+            chapters += (f'<li{class_of(c.beyond)}><a href="#chapter-{c.number}">{c.number} '
+                         f"{html.escape(c.title)}</a><details><summary>functions</summary>{names}"
+                         "</details></li>")
+    return f"<div><h2>Text</h2><ul>{rows}</ul></div><div><h2>Code</h2><ul>{chapters}</ul></div>"
 
 
 def build(code, texts):
     """The page."""
-    text = Text(code, texts)
+    text = TextHtml(code, texts)
     body = text.convert(texts.writeup, "writeup", 0) + text.convert(texts.modify, "modify", 1)
-    body = place_figures(body)
+    for behind, name in LIVING.items():
+        need(f'id="living-{name}"' in body, "doc/writeup.md", f"equation or figure {behind}")
     notation = need(re.search(r'<h2 id="section-\d+">\d+ Notation.*?</section>', body, re.S),
                     "doc/writeup.md", "a section Notation")[0]
     tables = re.findall(r'<div class="scrolls">.*?</div>', notation, re.S)
     data = {"follow": following(code, texts, text, body), "symbols": symbols(texts),
             "results": results(), "mentions": text.mentions}
-    files = {name: (ROOT / "dev/page" / name).read_text()
-             for name in ("page.html", "page.css", "page.js")}
-    fill = {"css": files["page.css"], "js": files["page.js"], "text": body,
+    fill = {"css": read("dev/page/page.css"), "js": read("dev/page/page.js"), "text": body,
             "code": code_html(code, text.mentions), "contents": contents(code, text),
             "notation": "".join(tables),
             "data": json.dumps(data, ensure_ascii=False).replace("</", "<\\/")}
-    return re.sub(r"\{\{(\w+)\}\}", lambda m: fill[m[1]], files["page.html"])
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: fill[m[1]], read("dev/page/page.html"))
 
 
 def main():
@@ -542,8 +527,8 @@ def main():
     parser.add_argument("--check", action="store_true", help="only check the equations' numbers")
     options = parser.parse_args()
     try:
-        code = Code((ROOT / "train_gpt2_mla.c").read_text())
-        texts = Texts((ROOT / "doc/writeup.md").read_text(), (ROOT / "doc/modify.md").read_text())
+        code = Code(read("train_gpt2_mla.c"))
+        texts = Texts(read("doc/writeup.md"), read("doc/modify.md"))
         wrong = check(code, texts)
         if wrong:
             raise Forms("\n".join(wrong))
@@ -553,14 +538,13 @@ def main():
         if options.check:
             return
         page = build(code, texts)
+        (ROOT / OUT).parent.mkdir(exist_ok=True)
+        (ROOT / OUT).write_text(page, encoding="utf-8")
     except (Forms, OSError) as error:
         sys.exit("\n".join(f"error: {line}" for line in str(error).splitlines()))
     except ModuleNotFoundError as error:
         sys.exit(f"error: Python's package {error.name} is missing: "
                  "pip install markdown pygments latex2mathml")
-    out = ROOT / OUT
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(page)
     print(f"{OUT}: {len(page.encode()) / 1e6:.2f} MB, {len(code.functions)} functions")
 
 
