@@ -22,7 +22,6 @@ import csv
 import html
 import itertools
 import json
-import os
 import pathlib
 import re
 import sys
@@ -124,14 +123,10 @@ class Code:
                            if first > line), default=(0, None))
         if self.chapter_at(line) != self.chapter_at(first):
             return None
-        above = list(itertools.takewhile(self.is_comment, reversed(self.lines[:line])))
+        is_comment = re.compile("//").match
+        above = list(itertools.takewhile(is_comment, reversed(self.lines[:line])))
         heading = above and above[-1].startswith("// --- ")
-        joined = all(map(self.is_comment, self.lines[line - 1:first - 1]))
-        return name if heading or joined else None
-
-    @staticmethod
-    def is_comment(line):
-        return line.startswith("//")
+        return name if heading or all(map(is_comment, self.lines[line - 1:first - 1])) else None
 
 
 class Texts:
@@ -148,18 +143,16 @@ class Texts:
                                re.M), "doc/writeup.md", 'a table "| in the program | here |"')
         self.rows, part = [], None
         for row in table[1].splitlines():
-            cells = [cell.strip() for cell in row.strip("|").split("|")]
-            if len(cells) != 2:
+            cells = re.match(r"\|([^|]*)\|([^|]*)\|$", row)
+            if not cells:
                 raise Forms(f"doc/writeup.md: expected two cells in its first table, found {row}")
-            left, right = cells
+            left, right = map(str.strip, cells.groups())
             if left.startswith("**"):
                 part = left.strip("*").split(",")[0]
                 continue
             chapter, file = re.match(r"\d+", left), re.search(r"`(.+)`$", left)
-            numbers = self.expand(re.sub(r"[()]", "", right.split("section")[0]))
-            numbers += [n for m in CITED.finditer(right) for n in self.expand(m[1])]
             self.rows.append(Row(part, chapter and int(chapter[0]), file and file[1],
-                                 list(dict.fromkeys(numbers)),
+                                 self.expand(re.sub(r"section \d+|[()]", "", right)),
                                  [int(n) for n in re.findall(r"section (\d+)", right)]))
 
     def expand(self, words):
@@ -204,7 +197,7 @@ def check(code, texts):
         elif chapter:
             wrong += [f"train_gpt2_mla.c: chapter {chapter} does not cite ({n}), which {table} "
                       "says is there" for n in numbers if (chapter, n) not in here]
-        elif file:
+        elif file and numbers:
             there = {n for m in CITED.finditer(read(file)) for n in texts.expand(m[1])}
             wrong += [f"{file}: does not cite ({n}), which {table} says is there"
                       for n in numbers if n not in there]
@@ -279,8 +272,9 @@ class TextHtml:
 
     @staticmethod
     def living(behind):
-        """The empty place of the living figure that stands behind this, which the script fills."""
-        return f'<div class="living" id="living-{LIVING[behind]}"></div>' * (behind in LIVING)
+        """The place of the living figure behind an equation or figure; the script fills it."""
+        name = LIVING.get(behind)
+        return f'<div class="living" id="living-{name}"></div>' if name else ""
 
     def convert(self, source, name, down):
         """The HTML of a file; headings go `down` levels, ids of sections begin with `name`."""
@@ -337,7 +331,7 @@ class TextHtml:
         data = urllib.parse.quote(re.sub(r"\s+", " ", svg), safe=" =:/'(),;.<>{}")
         caption = f"<figcaption>{match[2]}</figcaption>" if match[2] else ""
         return (f'<figure><img src="data:image/svg+xml,{data}" alt="{" ".join(alt.split())}">'
-                f"{caption}</figure>{self.living(os.path.basename(source))}")
+                f"{caption}</figure>{self.living(pathlib.Path(source).name)}")
 
     def sections(self, body, name, down):
         """Ids for headings, a section for each of the second level, and links to functions."""
@@ -445,13 +439,12 @@ def symbols(texts):
             re.findall(r"^\|.*\|$", need(section, "doc/writeup.md", "a section Notation")[0], re.M)]
     found = {}
 
-    def plain(latex):
-        latex = re.sub(r"\\tilde (\w)", r"\1~", latex.strip("$ "))
-        return re.sub(r"\\mathrm|[\\{}_` ]|,g\b", "", latex)
-
     def said(words):
         words = re.sub(FORMULA, lambda m: re.sub(r"\\mathrm|[{}]|,g\b", "", m[1]), words)
         return words.replace("`", "")
+
+    def plain(name):  # as the page has it: W_UK as WUK, \tilde q as q~
+        return re.sub(r"[\\_ ]", "", re.sub(r"\\tilde (\w)", r"\1~", said(name)))
     for row in rows:
         if len(row) == 4:
             for name, meaning in (row[:2], row[2:]):

@@ -7,14 +7,12 @@ const panes = { text: $("#text"), code: $("#code") };
 const narrow = matchMedia("(max-width: 59.99rem)");
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
-// An element with attributes and children; `on...` attributes are listeners.
+// An element with attributes, but those that are false, and children; `on...` are listeners.
 function make(name, attributes = {}, ...children) {
-  const svg = ["svg", "rect", "line", "circle", "text", "tspan", "g"].includes(name);
-  const element = svg ? document.createElementNS("http://www.w3.org/2000/svg", name)
-    : document.createElement(name);
+  const element = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
     if (key.startsWith("on")) element.addEventListener(key.slice(2), value);
-    else if (value !== false) element.setAttribute(key, value === true ? "" : value);
+    else if (value !== false) element.setAttribute(key, value);
   }
   element.append(...children);
   return element;
@@ -40,7 +38,7 @@ function scrollTo(element, smooth) {
 
 // What a link points to: shown, whatever hides it, and marked for a moment.
 function reveal(element, focus) {
-  if (element.closest(".beyond")) partOne.checked = false, setPartOne();
+  if (element.closest(".beyond")) $("#part-one").checked = false;
   if (narrow.matches) show(paneOf(element));
   $$("[popover]:popover-open").forEach((open) => open.hidePopover());
   if (element === panes[paneOf(element)]) return element.focus();
@@ -68,33 +66,23 @@ $("#other").addEventListener("click", () => {
   if (partner && $("#follow").checked) scrollTo(partner, false);
 });
 
-const partOne = $("#part-one");
-function setPartOne() {
-  document.body.classList.toggle("part-one", partOne.checked);
-}
-partOne.addEventListener("change", setPartOne);
-
 // --- Following: one pane brings what belongs together into view in the other
 
 let active = "text", shown = null;
-const pairs = data.follow.map(([id, line]) => [document.getElementById(id),
-  document.getElementById("L" + line)]);
-const byLine = pairs.filter(([text]) => !text.id.startsWith("m-"))
-  .map(([text, line]) => [line, text, Number(line.id.slice(1))]).sort((a, b) => a[2] - b[2]);
+const pairs = data.follow.map(([id, line]) => ({ line, text: document.getElementById(id),
+  code: document.getElementById("L" + line) }));
+const byLine = pairs.filter((pair) => !pair.text.id.startsWith("m-"))
+  .sort((a, b) => a.line - b.line);
 
 // What stands in the other pane beside that which is read in this one, a third below its top.
 function counterpart(name) {
   const height = narrow.matches ? innerHeight : panes[name].clientHeight;
   const from = narrow.matches ? 0 : panes[name].getBoundingClientRect().top;
   const isAbove = (e) => e.getBoundingClientRect().top < from + height / 3;
-  if (name === "text") {
-    const section = $$("section", panes.text).filter((s) => s.offsetHeight && isAbove(s)).at(-1);
-    const above = pairs.filter(([text]) => section?.contains(text) && isAbove(text));
-    return above.at(-1)?.[1];
-  }
-  const chapter = $$("section", panes.code).filter((s) => s.offsetHeight && isAbove(s)).at(-1);
-  const here = byLine.filter(([line]) => chapter?.contains(line));
-  return (here.filter(([line]) => isAbove(line)).at(-1) || here[0])?.[1];
+  const section = $$("section", panes[name]).filter((s) => s.offsetHeight && isAbove(s)).at(-1);
+  const here = (name === "text" ? pairs : byLine).filter((pair) => section?.contains(pair[name]));
+  const pair = here.findLast((pair) => isAbove(pair[name]));
+  return name === "text" ? pair?.code : (pair || here[0])?.text;
 }
 
 function follow() {
@@ -139,7 +127,7 @@ const links = (rows) => make("ul", {}, ...rows.map(([href, label]) =>
 panes.code.addEventListener("click", (event) => {
   const link = event.target.closest("a"), line = event.target.closest(".l");
   if (link?.matches(".l .cite")) {
-    const equation = $(link.getAttribute("href").replace(/\W/g, "\\$&").replace("\\#", "#"));
+    const equation = document.getElementById(link.hash.slice(1));
     const title = $("h2, h3", equation.closest("section")).textContent;
     event.preventDefault();
     box(line, `Equation (${link.textContent})`, $(".parts", equation).cloneNode(true),
@@ -156,7 +144,7 @@ panes.code.addEventListener("click", (event) => {
 });
 
 document.addEventListener("click", (event) => {
-  const same = event.target.closest(`a[href="${CSS.escape(location.hash).replace("\\#", "#")}"]`);
+  const same = event.target.closest("a")?.hash === location.hash;
   if (same && !event.defaultPrevented) toAddress();
   $$("details.number[open]").forEach((d) => d.contains(event.target) || (d.open = false));
 });
@@ -182,7 +170,7 @@ function wordAt(x, y) {
   let from = at.offset, to = at.offset;
   while (from && isWord.test(text[from - 1])) from--;
   while (to < text.length && isWord.test(text[to])) to++;
-  const range = document.createRange();
+  const range = new Range();
   range.setStart(at.offsetNode, from);
   range.setEnd(at.offsetNode, to);
   const box = range.getBoundingClientRect();
@@ -220,7 +208,8 @@ let index = null;
 function makeIndex() {
   index = [];
   let title = "", id = "";
-  for (const element of $$("h1, h2, h3, h4, p, li, tr, pre, .eq", panes.text)) {
+  const parts = "h1, h2, h3, h4, :not(li) > p, li, tr, pre, figcaption, .eq";
+  for (const element of $$(parts, panes.text)) {
     if (element.closest(".living, .number")) continue;
     if (/^H/.test(element.tagName)) [title, id] = [element.textContent, element.id];
     const names = $$(".number code", element).map((code) => code.textContent).join(", ");
@@ -228,36 +217,21 @@ function makeIndex() {
       : element.textContent.replace(/\s+/g, " ");
     index.push({ element, where: title, href: "#" + (element.id || id), text });
   }
-  for (const section of $$("section", panes.code))
+  for (const section of $$("section", panes.code)) {
+    const chapter = $("h2", section).textContent;
     for (const element of $$(".l", section))
-      index.push({ element, where: `line ${element.id.slice(1)}, ${section.dataset.name}`,
+      index.push({ element, where: `line ${element.id.slice(1)}, ${chapter}`,
         href: "#" + element.id, text: element.textContent.trim(), code: true });
+  }
   for (const entry of index) entry.lower = entry.text.toLowerCase();
-}
-
-function mark(element, words) {
-  if (!window.Highlight) return;
-  const ranges = [], walk = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
-  for (let node = walk.nextNode(); node; node = walk.nextNode())
-    for (const word of words)
-      for (let at = node.data.toLowerCase().indexOf(word); at >= 0;
-        at = node.data.toLowerCase().indexOf(word, at + 1)) {
-        const range = new Range();
-        range.setStart(node, at);
-        range.setEnd(node, at + word.length);
-        ranges.push(range);
-      }
-  CSS.highlights.set("found", new Highlight(...ranges));
 }
 
 function search() {
   const words = query.value.toLowerCase().split(/\s+/).filter(Boolean);
-  const line = /^[l:]?(\d+)$/i.exec(query.value.trim());
   results.hidden = !words.length;
   if (!words.length) return;
   if (!index) makeIndex();
   const found = index.filter((entry) => words.every((word) => entry.lower.includes(word)));
-  if (line) found.unshift(...index.filter((entry) => entry.href === "#L" + line[1]));
   const text = found.filter((entry) => !entry.code), code = found.filter((entry) => entry.code);
   $("#count").textContent = `${text.length} in the text, ${code.length} in the code`
     + (found.length > 60 ? "; the first of each" : "");
@@ -269,19 +243,14 @@ function search() {
       history.pushState(null, "", entry.href);
       results.hidden = true;
       reveal(entry.element, true);
-      mark(entry.element, words);
     } }, make(entry.code ? "code" : "span", {}, cut), make("small", {}, entry.where)));
   }));
 }
 query.addEventListener("input", search);
 query.addEventListener("focus", search);
 $("search").addEventListener("keydown", (event) => {
-  const all = $$("a", results), at = all.indexOf(document.activeElement);
   if (event.key === "Escape") results.hidden = true, query.focus();
-  if (event.key === "Enter" && at < 0) all[0]?.click();
-  if (!["ArrowDown", "ArrowUp"].includes(event.key) || results.hidden) return;
-  event.preventDefault();
-  (all[at + (event.key === "ArrowDown" ? 1 : -1)] || query).focus();
+  if (event.key === "Enter" && event.target === query) $("a", results)?.click();
 });
 $("search").addEventListener("focusout", (event) => {
   if (!$("search").contains(event.relatedTarget)) results.hidden = true;
@@ -315,189 +284,181 @@ function bytes(n) {
   return `${k ? n.toFixed(1) : n} ${unit[k]}`;
 }
 
-// How wide a drawing is in its own units: few on a narrow screen, so that its words stay legible.
-const drawn = (place) => Math.min(560, Math.max(320, place.clientWidth - 36));
+const divisors = (n) => Array.from({ length: n }, (_, i) => i + 1).filter((i) => n % i === 0);
 
+// The model beside the other kinds of its sizes: [name, floats, whether it is this one].
+function besideOthers() {
+  const position = model.position === "learned" ? "learned" : "decoupled";
+  return [["mha", { position: "rope" }], ["gqa", { position: "rope" }],
+    ["mqa", { position: "rope" }], ["mla, keys and values", { position, cache: "keys and values" }],
+    ["mla, latents", { position, cache: "latents" }]].map(([name, others]) => {
+    const kind = name.slice(0, 3);
+    const own = kind === model.kind && (kind !== "mla" || others.cache === model.cache);
+    return [name, cacheFloats(own ? model : { ...model, kind, ...others }), own];
+  });
+}
+
+// The figures are drawn anew, of values that the program would take.
 const redraw = [];
 function update() {
-  const divisors = Array.from({ length: model.NH }, (_, i) => i + 1)
-    .filter((n) => model.NH % n === 0);
-  model.NKV = divisors.findLast((n) => n <= model.NKV);
   const positions = POSITIONS[model.kind];
   if (!positions.includes(model.position)) model.position = positions.at(-1);
+  model.NKV = divisors(model.NH).findLast((n) => n <= model.NKV);
   model.RD = Math.min(model.RD, model.HS - 2);
   model.R = Math.min(model.R, model.NH * model.HS);
   redraw.forEach((draw) => draw());
 }
 
 function cacheFigure(place) {
-  const inputs = {}, outputs = {};
-  const slider = (name, label, min, max, step = 1) => {
-    inputs[name] = make("input", { type: "range", min, max, step, name, oninput: (event) => {
-      const value = Number(event.target.value);
-      const up = value > model[name] && name === "NKV";
-      model[name] = up ? Array.from({ length: model.NH }, (_, i) => i + 1)
-        .find((n) => model.NH % n === 0 && n >= value) : value;
-      update();
-    } });
-    outputs[name] = make("output");
-    return make("label", {}, label, inputs[name], outputs[name]);
-  };
+  const inputs = {};
   const choice = (name, label, values) => {
     inputs[name] = make("select", { name, onchange: (event) => {
       model[name] = event.target.value;
       update();
-    } }, ...values.map((v) => make("option", { value: v }, v)));
+    } }, ...values.map((v) => make("option", {}, v)));
     return make("label", {}, label, inputs[name]);
+  };
+  // The context's slider moves by powers of two, that of NKV to the next divisor of NH.
+  const slider = (name, label, min, max = false, step = 1) => {
+    inputs[name] = make("input", { type: "range", min, max, step, name, oninput: (event) => {
+      const value = Number(event.target.value);
+      model[name] = name === "T" ? 2 ** value : name === "NKV" && value > model.NKV
+        ? divisors(model.NH).find((n) => n >= value) : value;
+      update();
+    } });
+    return make("label", {}, label, inputs[name], make("output"));
   };
   const answer = make("p", { class: "answer", role: "status" });
   const bars = make("div", { class: "bars" });
-  const context = slider("T", "context", 7, 17);
-  inputs.T.addEventListener("input", () => { model.T = 2 ** Number(inputs.T.value); update(); });
   place.append(make("h4", {}, "What a decoder keeps, by (24)"), make("div", { class: "controls" },
-    choice("kind", "kind", ["mha", "gqa", "mqa", "mla"]),
-    choice("position", "position", ["learned", "rope", "decoupled"]),
+    choice("kind", "kind", Object.keys(POSITIONS)),
+    choice("position", "position", POSITIONS.mha),
     choice("cache", "cache of", ["latents", "keys and values"]),
     slider("L", "layers", 1, 96), slider("NH", "heads NH", 1, 128),
-    slider("HS", "size HS", 4, 256, 2), slider("NKV", "NKV", 1, 128),
-    slider("R", "rank R", 1, 4096), slider("RD", "RD", 2, 128, 2), context), answer, bars);
+    slider("HS", "size HS", 4, 256, 2), slider("NKV", "NKV", 1), slider("R", "rank R", 1),
+    slider("RD", "RD", 2, false, 2), slider("T", "context", 7, 17)), answer, bars);
   redraw.push(() => {
-    const { NKV, rope, NOPE } = widths(model), { kind, L, HS, R, T } = model;
-    inputs.R.max = model.NH * HS;
-    inputs.NKV.max = model.NH;
+    const { NKV, rope, NOPE } = widths(model), { kind, L, NH, HS, R, T } = model;
+    const isLatent = kind === "mla", latents = isLatent && model.cache === "latents";
+    inputs.R.max = NH * HS;
+    inputs.NKV.max = NH;
     inputs.RD.max = HS - 2;
-    for (const name of Object.keys(inputs)) {
-      inputs[name].value = name === "T" ? Math.log2(T) : model[name];
-      if (outputs[name]) outputs[name].textContent = count(model[name]);
-      if (name === "T") inputs.T.ariaValueText = `${count(T)} tokens`;
+    for (const [name, input] of Object.entries(inputs)) {
+      input.value = name === "T" ? Math.log2(T) : model[name];
+      if (input.type === "range")
+        input.nextSibling.textContent = input.ariaValueText = count(model[name]);
     }
     for (const option of inputs.position.options)
       option.disabled = !POSITIONS[kind].includes(option.value);
-    const used = { cache: kind === "mla", R: kind === "mla", RD: rope > 0,
-      NKV: kind === "mla" || kind === "gqa" };
+    const used = { cache: isLatent, R: isLatent, RD: rope > 0, NKV: isLatent || kind === "gqa" };
     for (const [name, is] of Object.entries(used)) {
       inputs[name].disabled = !is;
       inputs[name].parentElement.classList.toggle("off", !is);
     }
-    const floats = cacheFloats(model), latents = kind === "mla" && model.cache === "latents";
+    const floats = cacheFloats(model);
     const rule = latents ? `L (R + rope) = ${L} · (${R} + ${rope})`
       : `L (NKV (NOPE + HS) + rope) = ${L} · (${NKV} · (${NOPE} + ${HS}) + ${rope})`;
     answer.replaceChildren(`${rule} = `, make("strong", { id: "floats" }, count(floats)),
       ` floats per token, ${bytes(4 * floats)} in float32; ${bytes(4 * floats * T)} for a text of `
       + `${count(T)} tokens.`);
-    const rows = [...["mha", "gqa", "mqa"].map((name) => [name, { kind: name, position: "rope" }]),
-      ["mla, keys and values", { kind: "mla", cache: "keys and values" }],
-      ["mla, latents", { kind: "mla", cache: "latents" }]].map(([name, changes]) => {
-      const position = changes.kind === "mla" && model.position === "rope" ? "decoupled"
-        : model.position;
-      return [name, cacheFloats({ ...model, position, ...changes }), changes.kind === kind
-        && (kind !== "mla" || (changes.cache === model.cache))];
-    });
-    const most = Math.max(...rows.map((row) => row[1]));
-    bars.replaceChildren(...rows.flatMap(([name, n, chosen]) => {
-      const bar = make("i", { class: chosen ? "chosen" : "" });
-      bar.style.width = `${100 * n / most}%`;
-      return [make("span", { class: chosen ? "chosen" : "" }, `${name}: ${count(n)}`), bar];
-    }));
+    const kinds = besideOthers();
+    const most = Math.max(...kinds.map(([, n]) => n));
+    bars.replaceChildren(...kinds.flatMap(([name, n, own]) => [
+      make("span", { class: own && "chosen" }, `${name}: ${count(n)}`),
+      make("i", { class: own && "chosen", style: `width: ${100 * n / most}%` })]));
   });
 }
 
 // --- Absorption, step by step. A step: when, which matrix and vector meet, what comes of it.
 
-function absorptionSteps(way) {
+const ONCE = "Once per new token", EACH = "For every token in the cache, at every step";
+
+// Pieces are [name, rows, columns, whether it is cached], costs multiply-adds.
+function absorptionSteps() {
   const position = model.position === "learned" ? "learned" : "decoupled";
-  const m = { ...model, kind: "mla", position };
-  const { NKV, rope, NOPE } = widths(m), { NH, HS, R } = m, QK = NOPE + rope;
-  const once = "Once per new token", each = "For every token in the cache, at every step";
-  const up = (when, cached, j) => ({ when, left: ["W_UKV", NOPE + HS, R],
-    right: [`c${j}`, R, cached], result: [`[k${j}; v${j}]`, NOPE + HS, !cached],
-    of: `${NKV} key/value heads`, cost: NKV * (NOPE + HS) * R });
-  const meets = (cached) => [{ when: each, left: ["q", 1, QK], right: ["k_j", QK, cached],
-    result: ["score", 1], of: `${NH} query heads`, cost: NH * QK,
-    says: "A query meets a key: a number, from which softmax makes the weight p_j." },
-  { when: each, left: ["p_j", 1, 1], right: ["v_j", HS, cached], result: ["out", HS],
-    of: `${NH} query heads`, cost: NH * HS,
-    says: "The value, times its weight, is added to the output." }];
+  const { NKV, rope, NOPE } = widths({ ...model, kind: "mla", position });
+  const { NH, HS, R } = model, QK = NOPE + rope, perQuery = `${NH} query heads`;
+  const up = { left: ["W_UKV", NOPE + HS, R], of: `${NKV} key/value heads`,
+    cost: NKV * (NOPE + HS) * R };
+  const meets = (cached) => [{ when: EACH, left: ["q", 1, QK], right: ["k_j", QK, 1, cached],
+    result: ["score", 1, 1], of: perQuery, cost: NH * QK,
+    says: `A query meets a key${rope ? ", k_nope,j with the rotary key below it" : ""}: a number, `
+      + "from which softmax makes the weight p_j." },
+  { when: EACH, left: ["p_j", 1, 1], right: ["v_j", HS, 1, cached], result: ["out", HS, 1],
+    of: perQuery, cost: NH * HS, says: "The value, times its weight, is added to the output." }];
   return {
-    full: { keeps: NKV * (NOPE + HS) + rope, steps: [
-      { ...up(once, false, ""), says: "The new token's latent is projected up. Its keys and values "
-        + "are cached, its latent is not." }, ...meets(true)] },
-    latent: { keeps: R + rope, steps: [
-      { ...up(each, true, "_j"), says: "Latents are cached. All of them are projected up again for "
-        + "every new token: here nearly all the arithmetic is." }, ...meets(false)] },
+    full: { keeps: NKV * (NOPE + HS) + rope, steps: [{ ...up, when: ONCE, right: ["c", R, 1],
+      result: ["[k_nope; v]", NOPE + HS, 1, true],
+      says: "The new token's latent is projected up. Its keys and values are cached, its latent is "
+        + "not." }, ...meets(true)] },
+    latent: { keeps: R + rope, steps: [{ ...up, when: EACH, right: ["c_j", R, 1, true],
+      result: ["[k_nope,j; v_j]", NOPE + HS, 1],
+      says: "Latents are cached. All of them are projected up again for every new token." },
+    ...meets(false)] },
     absorbed: { keeps: R + rope, steps: [
-      { when: once, left: ["W_UK'", R, NOPE], right: ["q_nope", NOPE], result: ["q̃", R],
-        of: `${NH} query heads`, cost: NH * R * NOPE,
+      { when: ONCE, left: ["W_UK'", R, NOPE], right: ["q_nope", NOPE, 1], result: ["q̃", R, 1],
+        of: perQuery, cost: NH * R * NOPE,
         says: "The matrix changes sides (25): it acts on the one query and not on the many "
           + "latents. The query is as wide as a latent now." },
-      { when: each, left: ["[q̃; q_rope]", 1, R + rope],
-        right: ["[c_j; k_rope,j]", R + rope, true], result: ["score", 1],
-        of: `${NH} query heads, one row`, cost: NH * (R + rope),
+      { when: EACH, left: ["[q̃; q_rope]", 1, R + rope],
+        right: ["[c_j; k_rope,j]", R + rope, 1, true], result: ["score", 1, 1],
+        of: `${perQuery}, one row`, cost: NH * (R + rope),
         says: "It meets the cached row as it lies there. The score is the same number as before." },
-      { when: each, left: ["p_j", 1, 1], right: ["c_j", R, true], result: ["õ", R],
-        of: `${NH} query heads, one row`, cost: NH * R,
+      { when: EACH, left: ["p_j", 1, 1], right: ["c_j", R, 1, true], result: ["õ", R, 1],
+        of: `${perQuery}, one row`, cost: NH * R,
         says: "The mean is that of latents (26): no value is ever made." },
-      { when: once, left: ["W_UV", HS, R], right: ["õ", R], result: ["out", HS],
-        of: `${NH} query heads`, cost: NH * HS * R,
+      { when: ONCE, left: ["W_UV", HS, R], right: ["õ", R, 1], result: ["out", HS, 1],
+        of: perQuery, cost: NH * HS * R,
         says: "W_UV acts once, on the mean, in place of once on each latent." }] },
-  }[way];
+  };
+}
+
+const shapeOf = ([, rows, columns]) =>
+  (rows === 1 || columns === 1 ? count(rows * columns) : `(${rows}, ${columns})`);
+
+// A name with its index below the line: W_UK, k_rope,j.
+const written = (name) => name.split(/_([\w,]+)/)
+  .map((part, k) => (k % 2 ? make("sub", {}, part) : part));
+
+// A piece drawn. Sides grow with the root of the numbers, so that 1 and 4,096 can stand together.
+function drawn(piece) {
+  const [name, rows, columns, cached] = piece;
+  const most = Math.sqrt(Math.max(model.R + model.RD, 2 * model.HS));
+  const side = (n) => `max(5px, ${Math.sqrt(n) / most} * var(--side))`;
+  const kind = cached ? "cached" : rows > 1 && columns > 1 ? "matrix" : "vector";
+  return make("div", {},
+    make("i", { class: kind, style: `height: ${side(rows)}; width: ${side(columns)}` }),
+    make("span", {}, ...written(name)), make("small", {}, shapeOf(piece)),
+    make("small", {}, cached ? "cached" : ""));
 }
 
 function absorptionFigure(place) {
-  const ways = ["full", "latent", "absorbed"];
-  const all = ways.flatMap((way) => absorptionSteps(way).steps.map((_, k) => [way, k]));
+  const all = Object.entries(absorptionSteps())
+    .flatMap(([way, { steps }]) => steps.map((_, k) => [way, k]));
   let at = 0;
-  const drawing = make("svg", { role: "img" });
-  const said = make("div", { role: "status" }), costs = make("p");
   const go = (to) => { at = (to + all.length) % all.length; draw(); };
-  const radios = ways.map((way) => make("input", { type: "radio", name: "way", value: way,
-    onchange: () => go(all.findIndex(([w]) => w === way)) }));
+  const radios = ["full", "latent", "absorbed"].map((value) => make("input", { type: "radio",
+    name: "way", value, onchange: () => go(all.findIndex(([way]) => way === value)) }));
+  const said = make("p", { role: "status" }), costs = make("p");
+  const product = make("div", { class: "product", role: "img" });
   place.append(make("h4", {}, "Which matrix meets which vector"), make("div", { class: "steps" },
     ...radios.map((radio) => make("label", {}, radio, " " + radio.value)),
     make("button", { type: "button", onclick: () => go(at - 1) }, "Back"),
-    make("button", { type: "button", onclick: () => go(at + 1) }, "Next")),
-  said, drawing, costs);
-  // A name with its index below the line: W_UK, k_rope,j.
-  const written = (name) => name.split(/_([\w,]+)/).map((part, k) => (k % 2
-    ? make("tspan", { dy: 4, "font-size": 10 }, part) : make("tspan", { dy: k ? -4 : 0 }, part)));
-  // Widths grow with the root of the numbers, so that 1 and 4,096 can stand side by side.
-  function block(x, [name, rows, columns, cached]) {
-    const most = Math.sqrt(Math.max(model.R + model.RD, 2 * model.HS));
-    const side = (n) => Math.max(5, 150 * Math.sqrt(n) / most);
-    const width = side(columns), height = side(rows), y = 105 - height / 2;
-    const kind = cached ? "cached" : columns > 1 && rows > 1 ? "matrix" : "vector";
-    return [width, make("g", {}, make("rect", { x, y, width, height, rx: 2, class: kind }),
-      make("text", { x: x + width / 2, y: 210 }, ...written(name)),
-      make("text", { x: x + width / 2, y: 229, class: "small" },
-        columns === 1 || rows === 1 ? count(rows * columns) : `(${rows}, ${columns})`),
-      ...(cached ? [make("text", { x: x + width / 2, y: 246, class: "small" }, "cached")] : []))];
-  }
+    make("button", { type: "button", onclick: () => go(at + 1) }, "Next")), said, product, costs);
   function draw() {
-    const [way, k] = all[at], { steps, keeps } = absorptionSteps(way), step = steps[k];
+    const [way, k] = all[at], { steps, keeps } = absorptionSteps()[way], step = steps[k];
+    const { left, right, result } = step;
     radios.forEach((radio) => { radio.checked = radio.value === way; });
-    const [left, right, result] = [step.left, [step.right[0], step.right[1], 1, step.right[2]],
-      [step.result[0], step.result[1], 1, step.result[2]]];
-    let x = 20;
-    const parts = [];
-    for (const [piece, sign] of [[left, "×"], [right, "="], [result, ""]]) {
-      const room = Math.max(0, 7.4 * piece[0].length - block(0, piece)[0]) / 2;
-      const [width, shape] = block(x + room, piece);
-      x += width + 2 * room + 18;
-      parts.push(shape);
-      if (sign) parts.push(make("text", { x, y: 110 }, sign));
-      x += 18;
-    }
-    const full = Math.max(x, drawn(place));
-    drawing.setAttribute("viewBox", `0 0 ${full} 250`);
-    drawing.replaceChildren(make("g", { transform: `translate(${(full - x) / 2})` }, ...parts));
-    drawing.setAttribute("aria-label", `${step.left[0]} meets ${step.right[0]}, which gives `
-      + step.result[0]);
-    said.replaceChildren(make("p", {}, make("strong", {}, `${way}, ${k + 1} of ${steps.length}. `
-      + `${step.when}, for ${step.of}. `), step.says));
-    const sum = (when) => steps.filter((s) => s.when.startsWith(when))
+    said.replaceChildren(make("strong", {}, `${way}, ${k + 1} of ${steps.length}. ${step.when}, `
+      + `for ${step.of}. `), step.says);
+    product.replaceChildren(drawn(left), make("b", {}, "×"), drawn(right), make("b", {}, "="),
+      drawn(result));
+    product.ariaLabel = `${left[0]}, ${shapeOf(left)}, meets ${right[0]}, ${shapeOf(right)}, which `
+      + `gives ${result[0]}, ${shapeOf(result)}`;
+    const sum = (when) => steps.filter((s) => s.when === when)
       .reduce((total, s) => total + s.cost, 0);
-    costs.replaceChildren(make("strong", { id: "costs" }, `${way}: ${count(sum("For"))} `
-      + `multiply-adds for each cached token at every step, ${count(sum("Once"))} once per new `
+    costs.replaceChildren(make("strong", { id: "costs" }, `${way}: ${count(sum(EACH))} `
+      + `multiply-adds for each cached token at every step, ${count(sum(ONCE))} once per new `
       + `token, ${count(keeps)} floats per cached token`), ", in a layer of the model of ",
     make("a", { href: "#living-cache" }, "the sliders above"), ".");
   }
@@ -507,79 +468,32 @@ function absorptionFigure(place) {
 // --- Results: every run of an experiment, a point that names its command
 
 function resultsFigure(place) {
-  const select = make("select", { "aria-label": "Experiment", onchange: () => draw() },
+  const select = make("select", { onchange: () => draw() },
     ...Object.keys(data.results).map((name) => make("option", {}, name)));
-  const by = make("select", { "aria-label": "Against", onchange: () => draw() },
-    ...["row", "cached floats per token", "parameters"].map((v) => make("option", {}, v)));
-  const chart = make("div"), said = make("output");
+  const chart = make("div", { class: "chart", role: "radiogroup" }), said = make("output");
   select.value = "rank";
-  place.append(make("h4", {}, "Every run behind these tables"), make("div", { class: "steps" },
-    make("label", {}, "Experiment ", select), make("label", {}, "over ", by)), chart,
-  make("p", {}, said));
-
-  function choose(circle, run) {
-    const [row, seed, loss, parameters, cache, rate] = run;
-    $$("circle", chart).forEach((c) => {
-      c.classList.toggle("picked", c === circle);
-      c.tabIndex = c === circle ? 0 : -1;
-    });
-    said.replaceChildren(`${row}, seed ${seed}: loss ${loss.toFixed(4)}, ${count(parameters)} `
-      + `parameters, ${count(cache)} cached floats per token, learning rate ${rate}. `,
-    make("code", {}, `python3 dev/experiments.py ${select.value} --only "${row}" --seeds ${seed}`));
-  }
-
+  place.append(make("h4", {}, "Every run behind the tables"),
+    make("label", {}, "Experiment ", select), chart, make("p", {}, said));
   function draw() {
-    const runs = data.results[select.value], rows = [...new Set(runs.map((run) => run[0]))];
-    const full = drawn(chart), losses = runs.map((run) => run[2]), names = by.value === "row";
-    const low = Math.min(...losses), high = Math.max(...losses);
-    // Rows have their names at the left or, where that leaves no room, above their points.
-    const above = names && full < 450, step = above ? 38 : 24, middle = above ? 28 : 16;
-    const across = !names ? 60 : above ? 0 : 8 + 6.6 * Math.max(...rows.map((row) => row.length));
-    const height = names ? step * rows.length + 46 : 330;
-    const right = (v, from, to) =>
-      across + 14 + (full - across - 40) * (v - from) / (to - from || 1);
-    const field = by.value === "parameters" ? 3 : 4, wide = runs.map((run) => run[field]);
-    const place = (run) => names ? [right(run[2], low, high), step * rows.indexOf(run[0]) + middle]
-      : [right(run[field], Math.min(...wide), Math.max(...wide)),
-        280 - 262 * (run[2] - low) / (high - low || 1)];
-    const svg = make("svg", { viewBox: `0 0 ${full} ${height}`, role: "group",
-      "aria-label": `${select.value}: ${runs.length} runs; arrow keys go from point to point` });
-    const base = names ? step * rows.length + 4 : 296;
-    svg.append(make("line", { x1: across, x2: full - 10, y1: base, y2: base, class: "rule" }));
-    const axis = names ? [low, high] : [Math.min(...wide), Math.max(...wide)];
-    axis.forEach((v, k) => svg.append(make("text", { x: right(v, ...axis), y: base + 16,
-      class: k ? "small end" : "small start" }, names ? v.toFixed(3) : count(v))));
-    svg.append(make("text", { x: full - 10, y: base + 32, class: "small end" },
-      names ? "validation loss, a point per seed" : by.value));
-    if (names) rows.forEach((row, k) => {
-      const own = runs.filter((run) => run[0] === row).map((run) => run[2]);
-      const mean = right(own.reduce((a, b) => a + b) / own.length, low, high);
-      const y = step * k + middle;
-      svg.append(make("text", { x: above ? 8 : across, y: above ? y - 13 : y + 4,
-        class: above ? "small start" : "small end" }, row),
-        make("line", { x1: across + 8, x2: full - 10, y1: y, y2: y, class: "rule" }),
-        make("line", { x1: mean, x2: mean, y1: y - 8, y2: y + 8, class: "mean" }));
-    });
-    else [low, high].forEach((v) => svg.append(make("text", { x: across, class: "small end",
-      y: 284 - 262 * (v - low) / (high - low || 1) }, v.toFixed(3))));
-    const circles = runs.toSorted((a, b) => rows.indexOf(a[0]) - rows.indexOf(b[0]) || a[2] - b[2])
-      .map((run) => {
-        const [cx, cy] = place(run);
-        const circle = make("circle", { cx, cy, r: 5, role: "button", tabindex: -1,
-          "aria-label": `${run[0]}, seed ${run[1]}: ${run[2].toFixed(4)}`,
-          onfocus: () => choose(circle, run), onclick: () => choose(circle, run),
-          onpointerenter: () => choose(circle, run) });
-        return circle;
-      });
-    svg.append(...circles);
-    svg.addEventListener("keydown", (event) => {
-      const way = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
-      if (!way) return;
-      event.preventDefault();
-      circles.at((circles.indexOf(document.activeElement) + way) % circles.length).focus();
-    });
-    circles[0].tabIndex = 0;
-    chart.replaceChildren(svg);
+    const runs = data.results[select.value].toSorted((a, b) => a[2] - b[2]);
+    const low = runs[0][2], high = runs.at(-1)[2];
+    const point = ([row, seed, loss, parameters, cache, rate, command]) => {
+      const name = `${row}, seed ${seed}: loss ${loss.toFixed(4)}`;
+      const pick = ({ currentTarget }) => {
+        currentTarget.checked = true;
+        said.replaceChildren(`${name}, ${count(parameters)} parameters, ${count(cache)} cached `
+          + `floats per token${rate && `, learning rate ${rate}`}. `, make("code", {}, command));
+      };
+      return make("input", { type: "radio", name: "run", "aria-label": name,
+        style: `left: ${100 * (loss - low) / (high - low || 1)}%`,
+        onfocus: pick, onpointerenter: pick });
+    };
+    const rows = new Set(data.results[select.value].map(([row]) => row));
+    chart.replaceChildren(...[...rows].flatMap((row) => [make("span", {}, row),
+      make("div", {}, ...runs.filter((run) => run[0] === row).map(point))]),
+    make("span", {}, "validation loss, nats per token"),
+    make("div", { class: "axis" }, ...[low, high].map((v) => make("span", {}, v.toFixed(3)))));
+    chart.ariaLabel = `Runs of ${select.value}`;
     said.textContent = "Point at a run, or go to one by the arrow keys: its command stands here.";
   }
   draw();

@@ -25,6 +25,7 @@ from html import unescape
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "dev"))
+import experiments  # noqa: E402
 import page  # noqa: E402
 
 PAGE = ROOT / page.OUT
@@ -125,6 +126,7 @@ def test_check_finds_mistakes(d):
     planted(text, r"\tag{24}", "", "no equation is (24)")
     planted(text, r"\tag{23}", r"\tag{22}", "equation (22) is there more than once")
     planted(text, r"\tag{31}", r"\tag{32}", "equation (32) is missing")
+    planted(text, "| (31), (31a)", "| (24), (31), (31a)", "dev/convert.py: does not cite (24)")
     planted(text, "| (24) floats", "| floats", "equation (24) is missing")
     planted(text, "| 9 The cache |", "| 49 The cache |", "the program has no chapter 49")
     planted(text, "| section 14 |", "| section 44 |", "there is no section 44")
@@ -146,17 +148,46 @@ def test_formulas_that_are_not_understood(d):
     assert "formula not understood" in str(raised(lambda: page.mathml(r"x \fractoin y")))
 
 
+def test_errors_are_lines(d):
+    """What is missing or odd is named in lines that begin with error:, and nothing is written."""
+    writeup = SOURCES["doc/writeup.md"].encode()
+    odd = [("train_gpt2_mla.c", None, "train_gpt2_mla.c"),
+           ("doc/figures/mha.svg", None, "doc/figures/mha.svg: a figure that the text shows"),
+           ("doc/modify.md", b"\xff", "doc/modify.md: expected UTF-8"),
+           ("doc/writeup.md", writeup.replace(b"is 0, $dW_Q", b"is 0, $ dW_Q"),
+            "doc/writeup.md: expected the other $ of a formula"),
+           ("dev/results/rank.csv", b"row,seed\nmha,1\n", "dev/results/rank.csv: no table of runs"),
+           ("doc/page", b"a file in its place", "doc/page")]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = pathlib.Path(folder)
+        for name in ("dev/page", "dev/results", "doc/figures"):
+            shutil.copytree(ROOT / name, copy / name)
+        for name in (*SOURCES, "dev/page.py", "dev/convert.py"):
+            shutil.copy(ROOT / name, copy / name)
+
+        def errors(*options):
+            made = subprocess.run([sys.executable, *options, copy / "dev/page.py"],
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            assert made.returncode == 1 and made.stderr, made
+            assert all(line.startswith("error: ") for line in made.stderr.splitlines()), made.stderr
+            assert not (copy / page.OUT).is_file(), "a page in spite of an error"
+            return made.stderr
+        for name, instead, expected in odd:
+            path = copy / name
+            if instead is None:
+                path.unlink()
+            else:
+                path.write_bytes(instead)
+            assert expected in errors(), name
+            if (ROOT / name).is_file():
+                shutil.copy(ROOT / name, path)
+        assert "package markdown is missing" in errors("-I", "-S")
+
+
 # --- Quiet: the console, the network, the size
 
 def test_size(d):
     assert PAGE.stat().st_size <= 3e6, f"{PAGE.stat().st_size} bytes, expected at most 3 MB"
-
-
-def requests(d):
-    """The addresses that the browser asked for since the last call."""
-    messages = [json.loads(entry["message"])["message"] for entry in d.get_log("performance")]
-    return [m["params"]["request"]["url"] for m in messages
-            if m["method"] == "Network.requestWillBeSent"]
 
 
 def test_static_host(d):
@@ -305,7 +336,7 @@ def test_following(d):
     for anchor, line in sorted(pairs, key=lambda pair: pair[1]):
         beside = [a for a, at in pairs if at == line]
         assert any(run(d, script, f"L{line}", a, "code") for a in beside), (line, beside)
-    banners = {number: line for line, number, _ in code.chapters}
+    banners = {c.number: c.banner for c in code.chapters}
     for number in {code.chapter_at(line) for _, line in pairs}:  # a chapter, the other way round
         near = [a for a, line in pairs if code.chapter_at(line) == number]
         assert any(run(d, script, f"L{banners[number]}", a, "code") for a in near), number
@@ -330,8 +361,8 @@ def test_part_one(d):
       .filter((s) => s.offsetHeight).map((s) => s.id || s.getAttribute('aria-labelledby'))"""
     run(d, "document.getElementById('part-one').click()")
     found = run(d, shown)
-    same([s for s in found if s.startswith("chapter")], [f"chapter-{n}" for n in range(1, 9)],
-         "chapters of Part I")
+    same([s for s in found if s.startswith("chapter")], [f"chapter-{n}" for n in range(9)],
+         "chapters of Part I, and what comes before them")
     assert "section-9" in found and not {"section-10", "section-14", "modify"} & set(found), found
     run(d, "location.hash = '#eq-25'; await frames(3)")
     assert run(d, "return seen(document.getElementById('eq-25'))"), "a link out of Part I"
@@ -339,6 +370,16 @@ def test_part_one(d):
 
 
 # --- Figures
+
+SLIDE = """
+const slide = (values) => {
+  for (const [name, value] of Object.entries(values)) {
+    const input = document.querySelector(`#living-cache [name="${name}"]`);
+    input.value = value;
+    input.dispatchEvent(new Event(input.tagName === 'SELECT' ? 'change' : 'input'));
+  } };
+"""
+
 
 def test_sliders_beside_the_program(d):
     program = ROOT / "train_gpt2_mla"
@@ -353,10 +394,10 @@ def test_sliders_beside_the_program(d):
             kind = draw.choice(["mha", "gqa", "mqa", "mla", "mla", "mla"])
             NH, HS = draw.choice([2, 4, 6, 8, 12]), draw.choice([8, 10, 16, 24])
             L = draw.randint(1, 4)
-            m = {"kind": kind, "position": draw.choice(positions[kind]), "L": L, "NH": NH, "HS": HS,
+            m = {"kind": kind, "position": draw.choice(positions[kind]),
+                 "cache": draw.choice(["latents", "keys and values"]), "L": L, "NH": NH, "HS": HS,
                  "NKV": draw.choice([n for n in range(1, NH + 1) if NH % n == 0]),
-                 "R": draw.randint(1, NH * HS), "RD": draw.choice(range(2, HS, 2)),
-                 "cache": draw.choice(["latents", "keys and values"])}
+                 "R": draw.randint(1, NH * HS), "RD": draw.choice(range(2, HS, 2))}
             if json.dumps(m) in done:
                 continue
             done.add(json.dumps(m))
@@ -373,15 +414,16 @@ def test_sliders_beside_the_program(d):
                                   check=True, timeout=60, stderr=subprocess.PIPE, text=True,
                                   stdout=subprocess.DEVNULL, cwd=folder, errors="replace").stderr
             expected = re.search(r"KV cache (\d+) floats per token", said)[1]
-            found = run(d, """
-              const figure = document.getElementById('living-cache');
-              for (const name of ['kind', 'position', 'cache', 'L', 'NH', 'HS', 'NKV', 'R', 'RD']) {
-                const input = figure.querySelector(`[name="${name}"]`);
-                input.value = given[0][name];
-                input.dispatchEvent(new Event(input.tagName === 'SELECT' ? 'change' : 'input'));
-              }
-              return document.getElementById('floats').textContent;""", m)
+            found, bar = run(d, f"""{SLIDE}
+              slide(given[0]);
+              return [document.getElementById('floats').textContent,
+                document.querySelector('.bars .chosen').textContent];""", m)
             same(found.replace(",", ""), expected, f"floats per token of {m}")
+            assert bar.endswith(f": {found}"), f"{bar}, for {found} floats of {m}"
+    said = run(d, f"""{SLIDE}
+      slide({{ kind: 'mha', position: 'rope', L: 24, NH: 16, HS: 64, T: 10 }});
+      return document.querySelector('.answer').textContent;""")
+    assert "49,152 floats" in said and "201.3 MB for a text of 1,024 tokens" in said, said
 
 
 def test_absorption_beside_the_writeup(d):
@@ -394,7 +436,7 @@ def test_absorption_beside_the_writeup(d):
       for (let k = 0; k < 10; k++) {
         const way = figure.querySelector('input:checked').value;
         said[way] = [...(said[way] || []), [figure.querySelector('#costs').textContent,
-          figure.querySelector('svg').getAttribute('aria-label')]];
+          figure.querySelector('[role=img]').ariaLabel]];
         next.click();
       }
       return said;""")
@@ -405,29 +447,57 @@ def test_absorption_beside_the_writeup(d):
         expected = re.findall(r"= ([\d,]+)", row)
         found = re.findall(r"([\d,]+) (?:multiply|once|floats)", said[way][0][0])
         same([n for n in found if n != "0"], expected, f"what {way} costs")
-    assert said["absorbed"][0][1].startswith("W_UK' meets q_nope"), said["absorbed"]
+    meets = ["q, 32, meets k_j, 32, which gives score, 1",
+             "p_j, 1, meets v_j, 32, which gives out, 32"]
+    same({way: [label for _, label in steps] for way, steps in said.items()}, {
+        "full": ["W_UKV, (48, 341), meets c, 341, which gives [k_nope; v], 48", *meets],
+        "latent": ["W_UKV, (48, 341), meets c_j, 341, which gives [k_nope,j; v_j], 48", *meets],
+        "absorbed": ["W_UK', (341, 16), meets q_nope, 16, which gives q̃, 341",
+                     "[q̃; q_rope], 357, meets [c_j; k_rope,j], 357, which gives score, 1",
+                     "p_j, 1, meets c_j, 341, which gives õ, 341",
+                     "W_UV, (32, 341), meets õ, 341, which gives out, 32"]}, "what meets what")
+    # The example at the end of the writeup's section on costs.
+    said = run(d, f"""{SLIDE}
+      slide({{ NKV: 4, R: 64 }});
+      return ['full', 'absorbed'].map((way) => {{
+        document.querySelector(`[value=${{way}}]`).click();
+        return document.getElementById('costs').textContent; }});""")
+    for words, *numbers in zip(said, ("1,024", "2,304"), ("208", "80")):
+        same(re.findall(r"([\d,]+) (?:multiply|floats)", words), numbers, words)
 
 
 def test_results(d):
     visit(d)
-    for name, runs in page.results().items():
-        for over in (0, 1, 2):
-            found = run(d, """
-              const figure = document.getElementById('living-results');
-              const [select, by] = figure.querySelectorAll('select');
-              select.value = given[0]; by.selectedIndex = given[1];
-              select.dispatchEvent(new Event('change'));
-              const circles = [...figure.querySelectorAll('circle')];
-              circles[0].focus();
-              const first = figure.querySelector('code').textContent;
-              return [circles.length, first, circles.map((c) => c.getAttribute('aria-label'))];""",
-                        name, over)
-            same(found[0], len(runs), f"points of {name}")
-            assert found[1].startswith(f'python3 dev/experiments.py {name} --only "'), found[1]
-            same(sorted(found[2]), sorted(f"{r[0]}, seed {r[1]}: {r[2]:.4f}" for r in runs), name)
-    first = d.find_element(By.CSS_SELECTOR, "#living-results code").text
+    for name in page.results():
+        found = run(d, """
+          const figure = document.getElementById('living-results');
+          const select = figure.querySelector('select');
+          select.value = given[0];
+          select.dispatchEvent(new Event('change'));
+          return [...figure.querySelectorAll('input')].map((point) => {
+            point.focus();
+            return [point.ariaLabel, point.getBoundingClientRect().left,
+              figure.querySelector('code').textContent]; });""", name)
+        entries = experiments.read_results(name)
+        same(sorted(label for label, *_ in found),
+             sorted(f"{e['row']}, seed {e['seed']}: loss {float(e['val_loss']):.4f}"
+                    for e in entries), name)
+        points = sorted((left, float(label.split()[-1])) for label, left, _ in found)
+        (first, low), (last, high) = points[0], points[-1]
+        for left, loss in points:
+            expected = first + (last - first) * (loss - low) / (high - low)
+            assert abs(left - expected) < 1, f"{name}: loss {loss} at {left}, expected {expected}"
+        rows = [row for row, *_ in experiments.EXPERIMENTS[name]] + [*experiments.REWRITTEN]
+        programs = {e["row"]: e["program"] for e in entries}
+        for label, _, command in found:
+            row, seed, cuda = re.fullmatch(
+                rf'python3 dev/experiments.py {name} --only "(.+)" --seeds (\d+)( --device cuda)?',
+                command).groups()
+            assert row in rows and label.startswith(row) and f", seed {seed}:" in label, command
+            same(bool(cuda), programs[row] == "PyTorch", command)
+    before = d.find_element(By.CSS_SELECTOR, "#living-results code").text
     d.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
-    assert d.find_element(By.CSS_SELECTOR, "#living-results code").text != first, "arrow keys"
+    assert d.find_element(By.CSS_SELECTOR, "#living-results code").text != before, "arrow keys"
 
 
 # --- Search, symbols, keyboard
@@ -440,18 +510,17 @@ def test_search(d):
     query.send_keys(Keys.ENTER)
     assert run(d, "return seen(document.activeElement) && /log-sum-exp/.test("
                   "document.activeElement.textContent)"), "the first result is not shown"
-    for words, line in (("absorbed_query static", "static void absorbed_query"), ("1711", "")):
-        query.clear()
-        query.send_keys(words)
-        down = run(d, "return [...document.querySelectorAll('#results li')]"
-                      ".findIndex((li) => li.querySelector('code')) + 1")
-        ActionChains(d).send_keys(*[Keys.ARROW_DOWN] * down).perform()
-        link = d.switch_to.active_element
-        assert down and line in link.text, link.text
-        href = link.get_attribute("href")
-        ActionChains(d).send_keys(Keys.ENTER).perform()
-        same(d.current_url, href, "the address of a result")
-        assert run(d, "return seen(document.querySelector(location.hash))"), href
+    query.clear()
+    query.send_keys("absorbed_query static")
+    down = run(d, "return [...document.querySelectorAll('#results li')]"
+                  ".findIndex((li) => li.querySelector('code')) + 1")
+    ActionChains(d).send_keys(*[Keys.TAB] * down).perform()
+    link = d.switch_to.active_element
+    assert down and "static void absorbed_query" in link.text, link.text
+    href = link.get_attribute("href")
+    ActionChains(d).send_keys(Keys.ENTER).perform()
+    same(d.current_url, href, "the address of a result")
+    assert run(d, "return seen(document.querySelector(location.hash))"), href
     query.clear()
     query.send_keys("no such words here")
     assert d.find_element(By.ID, "count").text.startswith("0 in the text, 0 in the code")
