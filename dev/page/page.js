@@ -281,7 +281,7 @@ function bytes(n) {
   const unit = ["bytes", "KB", "MB", "GB", "TB"];
   let k = 0;
   while (n >= 1000 && k < 4) n /= 1000, k++;
-  return `${k ? n.toFixed(1) : n} ${unit[k]}`;
+  return `${k ? n.toFixed(1) : n}\xa0${unit[k]}`;
 }
 
 const divisors = (n) => Array.from({ length: n }, (_, i) => i + 1).filter((i) => n % i === 0);

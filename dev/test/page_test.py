@@ -423,7 +423,7 @@ def test_sliders_beside_the_program(d):
     said = run(d, f"""{SLIDE}
       slide({{ kind: 'mha', position: 'rope', L: 24, NH: 16, HS: 64, T: 10 }});
       return document.querySelector('.answer').textContent;""")
-    assert "49,152 floats" in said and "201.3 MB for a text of 1,024 tokens" in said, said
+    assert "49,152 floats" in said and "201.3\xa0MB for a text of 1,024 tokens" in said, said
 
 
 def test_absorption_beside_the_writeup(d):
@@ -631,8 +631,9 @@ def test_without_scripts(d):
     laid = tree["documents"][0]["layout"]
     drawn = "".join(tree["strings"][i] for i in laid["text"] if i >= 0)
     dense = re.sub(r"\s+", "", drawn)
-    for line in SOURCES["train_gpt2_mla.c"].splitlines():
-        assert re.sub(r"\s+", "", line) in dense, f"not there without scripts: {line}"
+    for number, line in enumerate(SOURCES["train_gpt2_mla.c"].splitlines(), 1):
+        words = f"{number}" + re.sub(r"\s+", "", line)
+        assert words in dense, f"not there without scripts: {words}"
     article = re.sub(r"<details.*?</details>", "", html[html.index("<article>"):], flags=re.S)
     pieces = [m[2] for m in re.finditer(r"<(p|li|th|td|h\d)\b[^>]*>(.*?)</\1>", article, re.S)
               if not re.search(r"<(math|p|li|ul)", m[2])]
