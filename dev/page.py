@@ -365,7 +365,7 @@ class TextHtml:
             found = self.mentions.setdefault(name, [])
             found.append((f"m-{name}-{len(found) + 1}", title))
             return f'<a id="{found[-1][0]}" href="#f-{name}"><code>{name}</code></a>'
-        return re.sub(r'(?<!<pre>)(?<!">)<code>(\w+)(?:\(\))?</code>', link, body)
+        return re.sub(r'(?<!<pre>)(?<!">)<code>(\w+)</code>', link, body)
 
 
 # --- The code

@@ -257,9 +257,12 @@ def test_functions_of_an_equation(d):
     texts = page.Texts(SOURCES["doc/writeup.md"], SOURCES["doc/modify.md"])
     same(sorted(found[0]), sorted(texts.numbers + texts.others), "numbered equations")
     code = page.Code(SOURCES["train_gpt2_mla.c"])
-    cited = {n for i, n in page.citations(code, texts) if code.chapter_at(i)}
-    same({n for n, names in found[0].items() if names}, cited, "equations with functions")
-    assert "cache_floats" in found[0]["24"] and "absorbed_query" in found[0]["25"], found[0]
+    cited = {n: set() for n in found[0]}
+    for line, n in page.citations(code, texts):
+        if chapter := code.chapter_at(line):
+            cited[n].add(code.function_at(line) or f"chapter {chapter}, line {line}")
+    same({n: set(names) for n, names in found[0].items()}, cited, "functions of equations")
+    assert "cache_floats" in cited["24"] and "absorbed_query" in cited["25"], cited
 
 
 def test_functions_from_the_text(d):
@@ -283,7 +286,7 @@ def test_functions_from_the_text(d):
     code = page.Code(SOURCES["train_gpt2_mla.c"])
     texts = [re.sub(r"\$\$.*?\$\$|^ {4,}.*$", "", SOURCES[f"doc/{name}.md"], flags=re.S | re.M)
              if name == "writeup" else SOURCES[f"doc/{name}.md"] for name in ("writeup", "modify")]
-    named = [n for text in texts for n in re.findall(r"`(\w+)(?:\(\))?`", text)
+    named = [n for text in texts for n in re.findall(r"`(\w+)`", text)
              if n in code.functions]
     same(sorted(found[0]), sorted(named), "functions that the text names")
 
@@ -478,12 +481,14 @@ def test_results(d):
             point.focus();
             return [point.ariaLabel, point.getBoundingClientRect().left,
               figure.querySelector('code').textContent]; });""", name)
+        axis = run(d, "return [...document.querySelectorAll('.axis span')].map((e) => e.innerText)")
         entries = experiments.read_results(name)
         same(sorted(label for label, *_ in found),
              sorted(f"{e['row']}, seed {e['seed']}: loss {float(e['val_loss']):.4f}"
                     for e in entries), name)
         points = sorted((left, float(label.split()[-1])) for label, left, _ in found)
         (first, low), (last, high) = points[0], points[-1]
+        assert all(abs(float(a) - b) < .001 for a, b in zip(axis, (low, high))), (name, axis)
         for left, loss in points:
             expected = first + (last - first) * (loss - low) / (high - low)
             assert abs(left - expected) < 1, f"{name}: loss {loss} at {left}, expected {expected}"
