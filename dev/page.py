@@ -100,14 +100,12 @@ class Code:
     def split(source):
         """The source with its comments and strings blanked; for each line its comments alone."""
         form = r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|' r"'(?:\\.|[^'\\\n])*'"
-        blank, comment, end = [], [], 0
-        for m in re.finditer(form, source, re.S):
-            blanked = re.sub(r"[^\n]", " ", m[0])
-            between = source[end:m.start()]
-            blank += [between, blanked]
-            comment += [re.sub(r"[^\n]", " ", between), m[0] if m[0][0] == "/" else blanked]
-            end = m.end()
-        return "".join(blank) + source[end:], "".join(comment).splitlines()
+
+        def blank(m):
+            return re.sub(r"[^\n]", " ", m[0])
+        comments = re.sub(form + r"|[^/\"']+|.", lambda m: m[0] if m[0][:2] in ("//", "/*")
+                          else blank(m), source, flags=re.S)
+        return re.sub(form, blank, source, flags=re.S), comments.splitlines()
 
     def chapter_at(self, line):
         """The number of the chapter that has this line; 0 before the first."""
@@ -324,8 +322,6 @@ class TextHtml:
     def figure(self, match):
         """A figure, put into the page, and its caption, a paragraph in italics below it."""
         source, alt = (re.search(rf'{key}="([^"]*)"', match[1])[1] for key in ("src", "alt"))
-        if not (ROOT / "doc" / source).is_file():
-            raise Forms(f"doc/{source}: a figure that the text shows is not there")
         svg = re.sub(r"<metadata>.*?</metadata>|<\?xml.*?\?>|<!DOCTYPE.*?>", "",
                      read(f"doc/{source}"), flags=re.S)
         data = urllib.parse.quote(re.sub(r"\s+", " ", svg), safe=" =:/'(),;.<>{}")

@@ -98,7 +98,7 @@ function follow() {
 // When scrolling rests; browsers that do not tell it follow all the way.
 const rest = "onscrollend" in window ? "scrollend" : "scroll";
 for (const name of ["text", "code"]) {
-  for (const event of ["wheel", "pointerdown", "touchstart", "keydown", "focusin"])
+  for (const event of ["wheel", "pointerdown", "keydown", "focusin"])
     panes[name].addEventListener(event, () => { active = name; }, { passive: true });
   panes[name].addEventListener(rest, () => { if (name === active) follow(); }, { passive: true });
 }
@@ -183,18 +183,13 @@ function wordAt(x, y) {
   return is ? plain(word) : "";
 }
 
-let pointing = 0;
-function point(event) {
-  if (pointing) return;
-  pointing = requestAnimationFrame(() => {
-    pointing = 0;
-    const said = data.symbols[wordAt(event.clientX, event.clientY)];
-    tip.hidden = !said;
-    if (!said) return;
-    tip.textContent = said;
-    tip.style.left = Math.min(event.clientX + 12, innerWidth - tip.offsetWidth - 8) + "px";
-    tip.style.top = Math.min(event.clientY + 18, innerHeight - tip.offsetHeight - 8) + "px";
-  });
+function point({ clientX: x, clientY: y }) {
+  const said = data.symbols[wordAt(x, y)];
+  tip.hidden = !said;
+  if (!said) return;
+  tip.textContent = said;
+  tip.style.left = Math.min(x + 12, innerWidth - tip.offsetWidth - 8) + "px";
+  tip.style.top = Math.min(y + 18, innerHeight - tip.offsetHeight - 8) + "px";
 }
 document.addEventListener("pointermove", point, { passive: true });
 document.addEventListener("pointerdown", point, { passive: true });
@@ -446,17 +441,17 @@ function absorptionFigure(place) {
     make("button", { type: "button", onclick: () => go(at - 1) }, "Back"),
     make("button", { type: "button", onclick: () => go(at + 1) }, "Next")), said, product, costs);
   function draw() {
-    const [way, k] = all[at], { steps, keeps } = absorptionSteps()[way], step = steps[k];
-    const { left, right, result } = step;
+    const [way, k] = all[at], { steps, keeps } = absorptionSteps()[way];
+    const { when, of, left, right, result, says } = steps[k];
     radios.forEach((radio) => { radio.checked = radio.value === way; });
-    said.replaceChildren(make("strong", {}, `${way}, ${k + 1} of ${steps.length}. ${step.when}, `
-      + `for ${step.of}. `), step.says);
+    said.replaceChildren(make("strong", {}, `${way}, ${k + 1} of ${steps.length}. ${when}, `
+      + `for ${of}. `), says);
     product.replaceChildren(drawn(left), make("b", {}, "×"), drawn(right), make("b", {}, "="),
       drawn(result));
     product.ariaLabel = `${left[0]}, ${shapeOf(left)}, meets ${right[0]}, ${shapeOf(right)}, which `
       + `gives ${result[0]}, ${shapeOf(result)}`;
-    const sum = (when) => steps.filter((s) => s.when === when)
-      .reduce((total, s) => total + s.cost, 0);
+    const sum = (time) => steps.filter((step) => step.when === time)
+      .reduce((total, step) => total + step.cost, 0);
     costs.replaceChildren(make("strong", { id: "costs" }, `${way}: ${count(sum(EACH))} `
       + `multiply-adds for each cached token at every step, ${count(sum(ONCE))} once per new `
       + `token, ${count(keeps)} floats per cached token`), ", in a layer of the model of ",
@@ -532,5 +527,5 @@ if (low - stem < 1)
     deep.append(base);
   }
 
-if (location.hash) toAddress();
+toAddress();
 })();

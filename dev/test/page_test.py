@@ -152,7 +152,7 @@ def test_errors_are_lines(d):
     """What is missing or odd is named in lines that begin with error:, and nothing is written."""
     writeup = SOURCES["doc/writeup.md"].encode()
     odd = [("train_gpt2_mla.c", None, "train_gpt2_mla.c"),
-           ("doc/figures/mha.svg", None, "doc/figures/mha.svg: a figure that the text shows"),
+           ("doc/figures/mha.svg", None, "doc/figures/mha.svg"),
            ("doc/modify.md", b"\xff", "doc/modify.md: expected UTF-8"),
            ("doc/writeup.md", writeup.replace(b"is 0, $dW_Q", b"is 0, $ dW_Q"),
             "doc/writeup.md: expected the other $ of a formula"),
