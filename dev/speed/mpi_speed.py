@@ -10,7 +10,7 @@
 `--seq-len 64`, where the machine is slow or busy, a quarter of the tokens for the same gradients.
 Results go to dev/speed/mpi.csv, where they replace rows of the same place. Each is measured with
 sums under way during the backward and (a line of the program changed) without. Needs a C compiler
-and an MPI; net: iproute2, and tbf in the kernel, for a delay netem. Exit status 1 if a run fails,
+and an MPI; net: root, iproute2, and tbf and tun in the kernel. Exit status 1 if a run fails,
 or a table is not up to date.
 """
 
@@ -48,6 +48,26 @@ if sys.argv[1] == "listen":
 else:
     s = socket.create_connection(at); t = time.time()
     s.sendall(bytes(n)); s.recv(1); print(n / (time.time() - t))
+"""
+
+# A switch that delivers frames late: between hosts' network devices, which are made here. A host's
+# number is the last byte of its address.
+SWITCH = """
+import collections, fcntl, os, select, struct, sys, time
+hosts, delay, late = [], float(sys.argv[2]), collections.deque()
+for i in range(int(sys.argv[1])):
+    hosts.append(os.open("/dev/net/tun", os.O_RDWR))
+    fcntl.ioctl(hosts[-1], 0x400454ca, struct.pack("16sH22x", b"mlat%d" % (i + 1), 0x1002))  # a tap
+print("made", flush=True)
+sys.stdin.readline()  # until they are up
+while True:
+    wait = max(0, late[0][0] - time.time()) if late else None
+    for host in select.select(hosts, [], [], wait)[0]:
+        late.append((time.time() + delay, host, os.read(host, 1 << 16)))
+    while late and late[0][0] <= time.time():
+        _, host, frame = late.popleft()
+        for other in [h for h in hosts if h != host] if frame[0] & 1 else [hosts[frame[5] - 1]]:
+            os.write(other, frame)
 """
 
 
@@ -148,28 +168,31 @@ def shell(command):
 
 
 def net(args, folder):
-    """Hosts mla0, mla1, ... are network namespaces on a bridge; tbf and netem shape what each
-    sends. mpirun starts its daemons there by an agent in ssh's place."""
+    """Hosts mla1, mla2, ... are network namespaces; tbf limits what each sends, a switch of ours
+    delays it. mpirun starts its daemons there by an agent in ssh's place."""
     agent = folder / "agent"
     agent.write_text('#!/bin/sh\nhost=mla${1##*.}; shift\nexec ip netns exec $host unshare -u '
                      'sh -c "hostname $host; $*"\n')
     agent.chmod(0o755)
     inside = ["ip", "netns", "exec", "mla1", "unshare", "-u", "sh", "-c",
               'hostname mla1; exec "$@"', "sh"]
+    hosts = range(1, max(args.hosts) + 1)
+    switch = subprocess.Popen([sys.executable, "-c", SWITCH, str(max(hosts)),
+                               str(args.delay_us / 1e6)], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
     try:
-        shell("ip link add mlabr type bridge && ip link set mlabr up")
-        for i in range(1, max(args.hosts) + 1):
-            shell(f"ip netns add mla{i}"
-                  f" && ip link add mlav{i} type veth peer name eth0 netns mla{i}"
-                  f" && ip link set mlav{i} master mlabr up"
+        switch.stdout.readline()
+        for i in hosts:  # large frames, so that the switch takes little of the cores' time
+            shell(f"ip netns add mla{i} && ip link set mlat{i} netns mla{i}"
                   f" && ip netns exec mla{i} sh -c 'ip link set lo up"
-                  f" && ip addr add 10.91.0.{i}/24 dev eth0 && ip link set eth0 up'")
+                  f" && ip link set mlat{i} mtu 60000 address 02:00:00:00:00:{i:02x} up"
+                  f" && ip addr add 10.91.0.{i}/24 dev mlat{i}'")
+        switch.stdin.write(b"\n")
+        switch.stdin.flush()
         for mbit in args.mbit:
-            for i in range(1, max(args.hosts) + 1):
-                shape = f"tc -n mla{i} qdisc replace dev eth0"
-                shell(f"{shape} root handle 1: tbf rate {mbit}mbit burst 256kb latency 50ms")
-                if args.delay_us:
-                    shell(f"{shape} parent 1:1 netem delay {args.delay_us}us limit 100000")
+            for i in hosts:
+                shell(f"tc -n mla{i} qdisc replace dev mlat{i} root handle 1:"
+                      f" tbf rate {mbit}mbit burst 256kb latency 50ms")
             link = bandwidth("10.91.0.1", ["ip", "netns", "exec", "mla1"],
                              ["ip", "netns", "exec", "mla2"])
             for n in args.hosts:
@@ -180,9 +203,9 @@ def net(args, folder):
                             "oob_tcp_if_include", "10.91.0.0/24"]
                 measure(folder, "net", launcher, n, 1, mbit, link, args)
     finally:
-        for i in range(1, max(args.hosts) + 1):
+        switch.kill()
+        for i in hosts:
             subprocess.run(["ip", "netns", "del", f"mla{i}"], stderr=subprocess.DEVNULL)
-        subprocess.run(["ip", "link", "del", "mlabr"], stderr=subprocess.DEVNULL)
 
 
 # --- The model of the step time
