@@ -434,21 +434,21 @@ def decoding_figure(path, batch=1):
              for line in (ROOT / "dev/speed/decode_speed.md").read_text().splitlines()
              if re.match(r"\| \d", line)]
     figure, axes = plot.new_axes("tokens in the cache", f"tokens per second, batch {batch}",
-                                 (7, 4.8))
-    colours = {}  # one a kind and cache; ranks differ in their lines
+                                 (7, 5.6))
+    colours = {}  # one a kind and cache; ranks and precisions differ in their lines
     for row in dict.fromkeys(line[2] for line in table):
-        kind = row.split(", R=")[0]
+        kind = row.removesuffix(", bf16").split(", R=")[0]
         if kind not in colours:
             colours[kind] = plot.COLOURS[len(colours)]
         colour = colours[kind]
         own = [(int(line[0]), float(line[5])) for line in table
                if line[2] == row and int(line[1]) == batch]
         axes.plot(*zip(*own), marker="o", markersize=3.5, color=colour, label=row,
-                  linestyle="--" if row.endswith("R=64") else "-")
+                  linestyle=":" if "bf16" in row else "--" if "R=64" in row else "-")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks([128, 1024, 4096, 16384], ["128", "1,024", "4,096", "16,384"])
-    figure.legend(loc="outside lower left", ncols=3)
+    figure.legend(loc="outside lower left", ncols=2)
     plot.save(figure, path)
 
 
