@@ -253,8 +253,8 @@ static volatile sig_atomic_t stop_signal;
 // ranks; [MPI] marks what they need. Without `make MPI=1` there is one, and all of this is empty.
 static int rank, ranks = 1;  // which one this is, of how many
 static uint64_t numbers_from(uint64_t key, uint64_t n);  // of stream `key`, from number n on
-static void expect_sums(int last);             // of gradients: after this backward, if the last
-static void begin_sum(const Model *m, int l);  // of layer l's; 0: also of those outside the layers
+static void expect_sums(int last);             // whether the next backward ends a step's gradients
+static void begin_sum(const Model *m, int l);  // then: layer l's; 0: also those outside the layers
 static void end_sums(void);                    // waits for them
 static void sum_numbers(double *x, int n);     // over the ranks, at once
 static int stopping(void);                     // any rank's stop_signal; all ranks ask together
@@ -1400,7 +1400,7 @@ static Step training_step(Model *m, const Options *o, const Data *data, long don
         long index = done * accum + micro;
         next_batch(data, o->order, o->seed, index, x, y, o->batch_size, T);
         m->dropout_key = random_stream(o->seed, STREAM_DROPOUT, index);
-        m->dropout_key = numbers_from(m->dropout_key, first * m->c.C);  // [MPI]
+        m->dropout_key = numbers_from(m->dropout_key, first * m->c.C);  // [MPI] a place drops C
         expect_sums(micro == accum - 1);  // [MPI]
         s.loss += forward_backward(m, x + first, y + first, B, T, 1.0 / ranks / accum) / accum;
     }
@@ -2025,8 +2025,8 @@ static void generate_command(Model *m, const Options *o, const Tokenizer *tokeni
 // ######## PART III: MACHINERY ###################################################################
 // What it needs of chapter 18:
 typedef struct Inputs Inputs;
-static void begin_ranks(void);
-static void agree(int argc, char **argv, const Inputs *in);  // that all ranks do the same, or fail
+static void begin_ranks(int argc, char **argv);   // of one program and command line, or fails
+static void agree(const Inputs *in);              // the same of their data; rank 0 is to write
 static Model *share_model(Model *m, long *done);  // rank 0's, which has done so many steps
 static void share(void *p, size_t bytes);  // rank 0's bytes go to all
 static void continue_sums(void);           // for an MPI that works only when it is called
@@ -4463,7 +4463,7 @@ static void print_inputs(const Inputs *in, const Model *m) {
 int main(int argc, char **argv) {
     for (int fd = 0; fd < 3; fd++)  // one that was closed must not become that of a file
         if (fcntl(fd, F_GETFD) == -1 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd) return 1;
-    begin_ranks();  // [MPI]
+    begin_ranks(argc, argv);  // [MPI]
     parse_options(argc, argv);
     if (opt.help) return print_help(), 0;
     check_options();
@@ -4472,7 +4472,7 @@ int main(int argc, char **argv) {
     int status = 0;
     Inputs in = open_inputs();
     check_schedule(&in);
-    agree(argc, argv, &in);  // [MPI]
+    agree(&in);  // [MPI]
     Model *m = share_model(rank ? NULL : open_model(&in, &done), &done);
     check_inputs(&in, m);
     if (!generating()) model_reserve(m, opt.batch_size / ranks, opt.seq_len, updating());
@@ -4620,30 +4620,38 @@ static void share(void *p, size_t bytes) { MPI_Bcast(p, bytes, MPI_BYTE, 0, MPI_
 
 // --- The beginning: all ranks do the same, with weights and moments that only rank 0 reads
 
-static void agree(int argc, char **argv, const Inputs *in) {
-    static const char *const what[] = {"program", "command line", "training data",
-                                       "validation data", "tokenizer"};
-    enum { N = sizeof what / sizeof *what };
+// Fails unless all ranks have the same.
+static void compare(const char *what, uint32_t hash) {
+    uint32_t all[ranks];
+    MPI_Gather(&hash, 1, MPI_UINT32_T, all, 1, MPI_UINT32_T, 0, MPI_COMM_WORLD);
+    for (int r = 1; r < ranks && !rank; r++)
+        if (all[r] != hash)
+            fail(1, "rank %d: its %s (hash %08x) is not that of rank 0 (%08x)", r, what, all[r],
+                 hash);
+}
+
+// Before an option counts: with --help for one of them, the others would wait for it.
+static void compare_programs(int argc, char **argv) {
     static const char program[] = "/proc/self/exe";  // where there is none, builds are not compared
-    uint32_t mine[N] = {0}, (*all)[N] = allocate(ranks * sizeof *all, "ranks");
-    size_t size;
+    size_t size = 0;
+    uint32_t hash = 0;
+    unsigned char *bytes = access(program, R_OK) ? NULL : read_file(program, &size);
+    compare("program", hash_bytes(bytes, size));
+    for (int i = 1; i < argc; i++) hash = 31 * hash + hash_bytes(argv[i], strlen(argv[i]));
+    compare("command line", hash);
+    free(bytes);
+}
+
+// On data, and on who reports and writes.
+static void agree(const Inputs *in) {
+    const Tokenizer *t = &in->tokenizer;
     if (generating() && ranks > 1) fail(2, "--generate: expected one rank, found %d", ranks);
     if (opt.batch_size % ranks)
         fail(2, "--batch-size %d: expected a multiple of the number of ranks, %d", opt.batch_size,
              ranks);
-    unsigned char *bytes = access(program, R_OK) ? NULL : read_file(program, &size);
-    if (bytes) mine[0] = hash_bytes(bytes, size);
-    for (int i = 1; i < argc; i++) mine[1] = 31 * mine[1] + hash_bytes(argv[i], strlen(argv[i]));
-    mine[2] = hash_bytes(in->train.tokens, in->train.n * (long)sizeof(uint16_t));
-    mine[3] = hash_bytes(in->val.tokens, in->val.n * (long)sizeof(uint16_t));
-    mine[4] = hash_bytes(in->tokenizer.bytes, in->tokenizer.start[in->tokenizer.V]);
-    MPI_Gather(mine, sizeof mine, MPI_BYTE, all, sizeof mine, MPI_BYTE, 0, MPI_COMM_WORLD);
-    for (int r = 1; r < ranks && !rank; r++)
-        for (int i = 0; i < N; i++)
-            if (all[r][i] != mine[i])
-                fail(1, "rank %d: its %s (hash %08x) is not that of rank 0 (%08x)", r, what[i],
-                     all[r][i], mine[i]);
-    free(bytes), free(all);
+    compare("training data", hash_bytes(in->train.tokens, in->train.n * (long)sizeof(uint16_t)));
+    compare("validation data", hash_bytes(in->val.tokens, in->val.n * (long)sizeof(uint16_t)));
+    compare("tokenizer", hash_bytes(t->bytes, t->start[t->V]));
     if (rank) opt.log = opt.save = opt.save_best = NULL, opt.resume = opt.sample_every = 0;
     int rows = opt.batch_size / ranks;
     if (ranks > 1) printf("%d ranks, each with %d rows of a batch\n", ranks, rows);
@@ -4677,15 +4685,16 @@ static void end_ranks(void) {
     MPI_Finalize();
 }
 
-static void begin_ranks(void) {
+static void begin_ranks(int argc, char **argv) {
     int level;
-    // Open MPI would send all of S log2(n) times for a sum in place; 1 is the ring.
+    // For a sum in place Open MPI would take a tree, in which S goes 2 log2(n) times. 1: the ring.
     setenv("OMPI_MCA_coll_libnbc_iallreduce_algorithm", "1", 0);
     MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     MPI_Comm_size(MPI_COMM_WORLD, &ranks);
     atexit(end_ranks);
     if (rank && !freopen("/dev/null", "w", stdout)) fail(1, "/dev/null: cannot open");
+    compare_programs(argc, argv);
 }
 #else  // one rank waits for nobody
 static void expect_sums(int last) { (void)last; }
@@ -4694,8 +4703,8 @@ static void continue_sums(void) {}
 static void end_sums(void) {}
 static void sum_numbers(double *x, int n) { (void)x, (void)n; }
 static int stopping(void) { return stop_signal; }
-static void begin_ranks(void) {}
-static void agree(int argc, char **argv, const Inputs *in) { (void)argc, (void)argv, (void)in; }
+static void begin_ranks(int argc, char **argv) { (void)argc, (void)argv; }
+static void agree(const Inputs *in) { (void)in; }
 static Model *share_model(Model *m, long *done) { return (void)done, m; }
 static void share(void *p, size_t bytes) { (void)p, (void)bytes; }
 static void wait_to_fail(int status) { (void)status; }

@@ -205,6 +205,7 @@ def test_refusals(folder):
         ("a checkpoint that is none", ranks_of(2, [*base, "--load", "text"]), "text: "),
         ("a loss of NaN", ranks_of(2, options("mla decoupled", wild)), "and not saved"),
         ("another option", rank_each(here, [*here, "--seed", "2"]), "rank 1: its command line"),
+        ("help for one", rank_each(here, [*here, "--help"]), "rank 1: its command line"),
         ("another program", rank_each(here, ["./mpi2", *base]), "rank 1: its program"),
         ("other data", rank_each(here, ["-wdir", "far", "../mpi", *base]),
          "rank 1: its training data"),
