@@ -46,8 +46,8 @@ if sys.argv[1] == "listen":
     while n: n -= len(c.recv(1 << 20))
     c.send(b"!")
 else:
-    s = socket.create_connection(at); t = time.time()
-    s.sendall(bytes(n)); s.recv(1); print(n / (time.time() - t))
+    s, data = socket.create_connection(at), b"x" * n; t = time.time()
+    s.sendall(data); s.recv(1); print(n / (time.time() - t))
 """
 
 # A switch that delivers frames late: between hosts' network devices, which are made here. A host's
@@ -155,8 +155,9 @@ def keep(row):
 
 def host(args, folder):
     link = bandwidth("127.0.0.1")
-    splits = [(n, args.cores // n) for n in (1, 2, 4, 8, 16) if args.cores % n == 0]
-    for ranks, threads in splits + ([(2 * args.cores, 1)] if args.cores < 8 else []):
+    splits = [(n, max(args.cores // n, 1)) for n in (1, 2, 4, 8, 16)
+              if args.cores % n == 0 or n == 2 * args.cores]
+    for ranks, threads in splits:
         measure(folder, "host", ["mpirun", "-q", "-np", str(ranks)], ranks, threads, 0, link, args)
 
 
@@ -213,17 +214,19 @@ def net(args, folder):
 def predict(compute, ranks, link, delay, layer, rest, layers, overlap=True):
     """Seconds of a step. compute: of a rank's rows alone, a third of it the forward; link: bytes
     per second; delay: seconds; layer, rest: bytes of a layer's gradients, and of those outside the
-    layers. Sums take turns on the link; a layer's begins when its backward is done."""
+    layers. The backward passes the head, then the layers, each for as long as it has bytes. Sums
+    take turns on the link; a layer's begins when its backward is done."""
     def ring(size):
         return 2 * (ranks - 1) * (size / ranks / link + delay)
     sizes = [layer] * (layers - 1) + [layer + rest]
     if not overlap:
         return compute + sum(map(ring, sizes))
-    now, free = compute / 3, 0
+    part = compute * 2 / 3 * layer / (layers * layer + rest)
+    now, free = compute - layers * part, 0
     for size in sizes:
-        now += compute * 2 / 3 / layers
+        now += part
         free = max(free, now) + ring(size)
-    return max(now, free)
+    return max(compute, free)
 
 
 def table(head, lines):
@@ -251,8 +254,9 @@ def measured(place):
 
 
 def carried():
-    """Speedup over one host, where each computes as one rank on all cores of this machine does."""
-    one = next(r for r in results() if r["place"] == "host" and r["ranks"] == "1")
+    """Speedup over one host, where each computes as one rank did on the most cores measured."""
+    one = max((r for r in results() if r["place"] == "host" and r["ranks"] == "1"),
+              key=lambda r: int(r["cores"]))
     per_token = float(one["compute"]) / BATCH / int(one["seq_len"])
     per_token /= int(one["parameters"])  # and parameter: of both, work is about their product
     lines = []
@@ -268,7 +272,8 @@ def carried():
                                layers)
                 cells.append(f"{alone / took:.0f} ({100 * alone / took / hosts:.0f}%)")
             lines.append([name, str(hosts), *cells])
-    return table(["model and batch", "hosts", "1 Gbit/s", "10 Gbit/s", "100 Gbit/s"], lines)
+    return table([f"model and batch; hosts of {one['cores']} cores", "hosts", "1 Gbit/s",
+                  "10 Gbit/s", "100 Gbit/s"], lines)
 
 
 def page():
