@@ -28,6 +28,9 @@ ifeq ($(MPI),1)
 ifeq ($(origin CC),default)
 CC = mpicc
 endif
+ifneq ($(filter test sanitize,$(MAKECMDGOALS)),)
+$(error make $(MAKECMDGOALS) is for the program without MPI=1; of it: python3 dev/test/mpi_test.py)
+endif
 USE_MPI = -DUSE_MPI
 endif
 

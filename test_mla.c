@@ -184,9 +184,46 @@ static void test_matmul_way(int way) {
     omp_set_num_threads(threads);
 }
 
+// What attention does: b is packed `depth` rows deep, and the first K of them are used.
+static void test_panels(int way) {
+    static const int shapes[][4] = {{5, 31, 7, 40}, {33, 70, 33, 100}, {64, 130, 256, 300},
+                                    {70, 40, 600, 700}, {8, 65, 64, 64}};
+    for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
+        int M = shapes[s][0], N = shapes[s][1], K = shapes[s][2], depth = shapes[s][3];
+        real *a = allocate(M * K * sizeof(real), "a"), *ra = allocate(M * K * sizeof(real), "a");
+        real *b = allocate(depth * N * sizeof(real), "b");
+        real *rb = allocate(depth * N * sizeof(real), "b");
+        real *c = allocate(M * N * sizeof(real), "c"), *bias = allocate(N * sizeof(real), "bias");
+        real *panels = allocate(round_up(depth, KR) * round_up(N, NR) * sizeof(real), "panels");
+        double *expected = allocate(2 * M * N * sizeof(double), "c"), *size = expected + M * N;
+        for (int i = 0; i < M * K; i++) a[i] = random_normal(1, i);
+        for (int i = 0; i < depth * N; i++) b[i] = random_normal(2, i);
+        for (int i = 0; i < N; i++) bias[i] = random_normal(3, i);
+        for (int i = 0; i < M * K; i++) ra[i] = way ? rounded(a[i]) : a[i];
+        for (int i = 0; i < depth * N; i++) rb[i] = way ? rounded(b[i]) : b[i];
+        pack_panels(panels, rows_of(b, N), depth, N);
+        for (int variant = 0; variant < 4; variant++) {
+            int across = variant & 1;
+            const real *start = variant & 2 ? bias : NULL;
+            Mat A = across ? transposed(a, M) : rows_of(a, K);
+            Mat RA = across ? transposed(ra, M) : rows_of(ra, K);
+            multiply_panels(c, N, A, panels, depth, M, N, K, start, 0);
+            matmul_plain(expected, size, RA, rows_of(rb, N), M, N, K, start, 0);
+            double worst = 0;
+            for (int i = 0; i < M * N; i++)
+                worst = worse(worst, fabs(c[i] - expected[i]) / (size[i] * EPS * (1 + sqrt(K))));
+            char detail[80];
+            snprintf(detail, sizeof detail, "%s, %dx%dx%d of %d, variant %d", way_names[way], M, N,
+                     K, depth, variant);
+            check_below("panels: rounding errors", detail, worst, 2);
+        }
+        free(a), free(ra), free(b), free(rb), free(c), free(bias), free(panels), free(expected);
+    }
+}
+
 static void test_matmul(void) {
     for (int way = 0; way < WAYS; way++)
-        if (use_way(way)) test_matmul_way(way);
+        if (use_way(way)) test_matmul_way(way), test_panels(way);
     use_way(0);
     test_rounding();
 }

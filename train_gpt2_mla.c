@@ -6,9 +6,9 @@ HOW TO READ THIS FILE
 Part I from top to bottom; it is complete: forward, backward and optimizer of every kind of
 attention. Every backward stands under its forward and names the derivative that it implements.
 Numbers such as (14) are equations of the writeup, doc/writeup.md, which derives what is only
-used here: read its sections 2 to 6 with chapters 3 and 4, 7 to 9 with chapter 5. What Part I needs
-of the other two is declared in chapter 1, each with what it promises; at a first reading skip that
-and config_complete.
+used here: read its sections 2 to 6 with chapters 3 and 4, 7 to 9 with chapter 5, 10 with chapters
+9 and 10. What Part I needs of the other two is declared in chapter 1, each with what it promises;
+at a first reading skip that and config_complete.
 
     PART I    THE MODEL AND HOW IT LEARNS
         1  Ground           numbers, errors, memory, randomness; what the other parts offer
@@ -1670,8 +1670,8 @@ static void cache_append(Model *m, int l, const Acts *acts, int B, int T) {
 // reuse but the group of query heads that share a key/value head: its `group` queries are the rows
 // of the products here. Keys are cut into chunks, the unit of work, so that even a single sequence
 // with a single key/value head keeps all threads busy. A chunk's softmax is relative to its own
-// maximum; the chunks are then weighted by e^(their maximum - the largest):
-//     out = sum_c w_c o_c / sum_c w_c sum_c,   w_c = e^((max_c - max) / sqrt(QK))
+// maximum m_i, of scores not yet divided by the root; the chunks are then weighted:
+//     out = sum_i w_i o_i / sum_i w_i s_i,   w_i = e^((m_i - largest m) / sqrt(QK))
 
 // The product of matmul, by one thread and meant for a few rows (chapter 13). a's numbers adjoin
 // within a row; b's within a column, or in panels (rows NR apart), or within a row, and then NR
@@ -1679,7 +1679,7 @@ static void cache_append(Model *m, int l, const Acts *acts, int B, int T) {
 static void matmul_few(real *c, long c_row, Mat a, Mat b, int M, int N, int K,
                        const real *start, long start_row);
 
-// What became of a chunk for head h: o_c (value), then max_c and sum_c. (B, NH, chunks, value+2)
+// What became of chunk i for head h: o_i (value), then m_i and s_i. (B, NH, chunks, value+2)
 static real *chunk_result(const Model *m, int b, int h, int chunk, int chunks, int value) {
     return m->cache->chunks + (((long)b * m->c.NH + h) * chunks + chunk) * (value + 2);
 }
@@ -1766,7 +1766,7 @@ static void absorbed_query(Model *m, int l, View q, View out, int B, int keys) {
         for (int b = 0; b < B; b++)
             memcpy(head_at(q_lat, b, h) + R, head_at(q, b, h) + NOPE, c->rope * sizeof(real));
     }
-    Places latents = {cached_layer(m, l), row, 0};
+    Places latents = {cached_layer(m, l), row, 0};  // the whole row is the key: rope is within nope
     Cached mqa = {.heads = NH, .kv_heads = 1, .nope = row, .rope = 0, .value = R, .q = q_lat,
                   .k = latents, .v = latents, .k_rope = latents, .keys_in_rows = 1};
     attention_query(m, &mqa, o_lat, B, keys);
@@ -1778,8 +1778,8 @@ static void absorbed_query(Model *m, int l, View q, View out, int B, int keys) {
     }
 }
 
-// With an empty cache tokens see the tokens of this pass; after that, one token per sequence sees
-// all that are cached. [ATTENTION 3]
+// With an empty cache tokens see the tokens of this pass, a prompt's, by keys and values as in
+// training; after that, one token per sequence sees all that are cached. [ATTENTION 3]
 static void attend_cached(Model *m, int l, Acts *acts, int B, int T) {
     int mode = m->cache->mode, prompt = m->past == 0, keys = m->past + 1;
     View out = {acts->att, m->c.att_row, m->c.HS};
@@ -4677,7 +4677,7 @@ static Model *share_model(Model *m, long *done) {
 static void wait_to_fail(int status) {
     failed = status;
     signal(SIGTERM, SIG_DFL);
-    if (rank) poll(NULL, 0, 1000 + 100 * min_int(rank, 20));
+    if (rank) poll(NULL, 0, 1000 + 250 * min_int(rank, 30));
 }
 
 static void end_ranks(void) {
@@ -4686,13 +4686,21 @@ static void end_ranks(void) {
 }
 
 static void begin_ranks(int argc, char **argv) {
-    int level;
+    int level, here;
+    MPI_Comm host;
     // For a sum in place Open MPI would take a tree, in which S goes 2 log2(n) times. 1: the ring.
     setenv("OMPI_MCA_coll_libnbc_iallreduce_algorithm", "1", 0);
     MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     MPI_Comm_size(MPI_COMM_WORLD, &ranks);
     atexit(end_ranks);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &host);
+    MPI_Comm_size(host, &here), MPI_Comm_free(&host);
+#ifdef _OPENMP  // else each of a host's ranks would take all of its cores
+    int share = sysconf(_SC_NPROCESSORS_ONLN) / here;
+    if (!getenv("OMP_NUM_THREADS"))
+        omp_set_num_threads(max_int(1, min_int(share, omp_get_num_procs())));
+#endif
     if (rank && !freopen("/dev/null", "w", stdout)) fail(1, "/dev/null: cannot open");
     compare_programs(argc, argv);
 }

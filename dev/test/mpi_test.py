@@ -136,6 +136,28 @@ def test_equality(folder):
         print(f"{len(KINDS)} kinds{real} on 1, 2, 4 ranks: losses differ by {worst:.1e} at most")
 
 
+def test_bfloat16(folder):
+    """The last bit of a sum may turn the rounding of a factor to 8 bits: no 1e-5 here."""
+    line = options("mla decoupled", "--precision bf16 --log b.csv")
+    run(["./alone", *line], folder)
+    expected = rows(folder / "b.csv")
+    status, _, err = run(ranks_of(2, line), folder)
+    apart = difference(expected, rows(folder / "b.csv"))
+    check(status == 0 and not err and apart <= 2**-10, "bf16, 2 ranks", (status, err, apart))
+    print(f"bf16 on 2 ranks: losses differ by {apart:.1e} at most")
+
+
+def test_threads(folder):
+    """Without OMP_NUM_THREADS, ranks share out their host's cores."""
+    environment = dict(ENVIRONMENT)
+    del environment["OMP_NUM_THREADS"]
+    count, cores = 4, len(os.sched_getaffinity(0))
+    out = subprocess.run(ranks_of(count, options("mla decoupled", "--steps 1")), cwd=folder,
+                         env=environment, text=True, capture_output=True).stdout
+    threads = max(1, cores // count)
+    check(f", {threads} thread" in out, f"{threads} threads to a rank", out)
+
+
 def test_repeats(folder):
     for n in (2, 4):
         saved = []
@@ -294,8 +316,8 @@ def main():
         (folder / "text").write_text(source[:30000])
         linked = subprocess.run(["nm", "alone"], cwd=folder, text=True, capture_output=True).stdout
         check("MPI" not in linked, "without MPI=1 nothing of it is in the program")
-        for test in (test_equality, test_repeats, test_resume, test_eval, test_refusals,
-                     test_signals, test_disk):
+        for test in (test_equality, test_bfloat16, test_threads, test_repeats, test_resume,
+                     test_eval, test_refusals, test_signals, test_disk):
             test(folder)
         test_kills(folder, args.kills)
     print(f"{checks - failures} passed, {failures} failed")
