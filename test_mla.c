@@ -634,6 +634,18 @@ static void test_finite_differences(void) {
 
 // --- The rest of training
 
+// Fewer tokens than a matrix unit packs at a time: what attention works in must have room.
+static void test_few_tokens(const char *what, const Kind *kind) {
+    enum { T = 5 };
+    int x[T], y[T];
+    Model *m = model_of_kind(kind, 1, T);
+    random_tokens(x, T, m->c.V), random_tokens(y, T, m->c.V);
+    double loss = forward_backward(m, x, y, 1, T, 1);
+    use_way(0);
+    check_below(what, "five tokens", fabs(loss / (forward_loss(m, x, y, 1, T) / T) - 1), 0x1p-9);
+    model_free(m);
+}
+
 static void test_long_decoding(void) {  // of every kind, from one chunk of keys to the next
     int T = 2 * CHUNK + 29, before = omp_get_max_threads();
     omp_set_num_threads(3);  // whatever the number elsewhere: what they must not share would show
@@ -650,6 +662,7 @@ static void test_long_decoding(void) {  // of every kind, from one chunk of keys
             test_decoding(what, m, CHUNK + 9, CHUNK - 3);
             free(twin.numbers), twin.numbers = NULL, twin.n = 0;
             model_free(m);
+            test_few_tokens(what, &kinds[k]);
         }
         use_way(0);
     }

@@ -774,7 +774,6 @@ MUTATIONS = [
     ("matmul_few", "rounds == (b.bf16 != NULL)", "1", "bf16: b is read where it is not"),
     ("matmul_few", "as_floats(own_a, kc, am, 1, kc);", "memcpy(own_a, am.p, kc * sizeof(real));",
      "bf16: a row is not rounded"),
-    ("matmul_few", "b = with_twin(b);", "", "the weights' twin is not read"),
     ("with_twin", "twin.numbers + at", "twin.numbers + at + 1", "the twin's next number"),
     ("few_rounded", "(n + j) / NR * panel", "j / NR * panel", "the first columns again"),
     ("few_rounded", "as_floats(own_a, K, a, M, K);", "as_floats(own_a, K, a, 1, K);",
@@ -802,7 +801,6 @@ MUTATIONS = [
     ("must_pack", "a.col != 1 || precision == BF16", "a.col != 1", "bf16: a is not rounded"),
     ("multiply_panels", "panels + panel_size(k)", "panels", "every block of k is the first in b"),
     ("multiply_panels", "panel_size(depth)", "panel_size(K)", "panels closer than they are packed"),
-    ("place_room", "deep = round_up(T, KR)", "deep = T", "pairs of few tokens have no room"),
     ("resume_point", "bf16 != (precision == BF16)", "0", "a run goes on in another precision"),
     ("settings", "precision == BF16 ? bf16_setting", "0 ? bf16_setting", "precision is not kept"),
     ("multiply_rows", "mat_from(a, i, k)", "mat_from(a, i, 0)",
@@ -1119,6 +1117,7 @@ OVERRUNS = [
      "room for one head's gradient of the rotary key"),
     ("place_cache", "absorbed * B * NH * c->kv_a_row", "absorbed * B * NH * c->R",
      "room for absorbed queries without their rotary part"),
+    ("place_room", "deep = round_up(T, KR)", "deep = T", "pairs of few tokens have no room"),
 ]
 
 # Mistakes in the matrix unit's code, which is tested with its instructions done in C.
@@ -1183,6 +1182,7 @@ MPI = [
 
 # Changes that change no result, to show that the tests do not just always fail; `what` is why.
 HARMLESS = [
+    ("matmul_few", "b = with_twin(b);", "", "weights are rounded anew, from twice the bytes"),
     ("largest", "i + 16 <= n", "i + 16 < n", "the last loop takes what the first leaves"),
     ("learning_rate_at", "step < s->warmup", "step <= s->warmup",
      "where the warm-up ends both rules give the peak"),
@@ -1240,7 +1240,7 @@ def first_failure(test, limit):
 DOUBLE = ["test_mla_double"], ["./test_mla_double"]
 PLACES = {
     "": ([CFLAGS], [DOUBLE, ([SOURCE.removesuffix(".c"), "test_mla"], ["make", "test", CFLAGS])]),
-    "sanitized": ([SANITIZE, "OMP="], [DOUBLE]),
+    "sanitized": ([SANITIZE, "OMP="], [DOUBLE, (["test_mla"], ["./test_mla", "decoding"])]),
     "matrix unit": ([CFLAGS + " -D__AMX_BF16__ -include dev/test/matrix_unit.h"],
                     [(["test_mla"], ["./test_mla", "matrix product"])]),
     "MPI": ([], [([".flags"], ["python3", "-u", "dev/test/mpi_test.py", "--kills", "1"])]),
