@@ -22,6 +22,7 @@ import csv
 import html
 import itertools
 import json
+import math
 import pathlib
 import re
 import sys
@@ -71,7 +72,7 @@ class Code:
 
     def __init__(self, source):
         self.source = source
-        self.lines = source.splitlines()
+        self.lines = source.removesuffix("\n").split("\n")  # not at a form feed
         blank, self.comment = self.split(source)
         where = "train_gpt2_mla.c"
         self.chapters, part, first, beyond = [], None, None, False
@@ -85,7 +86,7 @@ class Code:
         need(part, where, 'banners "// #### PART I: TITLE ####"')
         need(self.chapters, where, 'banners "// ==== 1  TITLE ===="')
         self.functions = {}  # name -> first and last line of its definition
-        rows = blank.splitlines()
+        rows = blank.split("\n")
         for m in re.finditer(r"^(?!typedef|struct|enum)[a-z_][\w \n*]*?\b(\w+)\([^;{}]*\)\s*\{",
                              blank, re.M):
             first = blank.count("\n", 0, m.start(1)) + 1
@@ -105,7 +106,7 @@ class Code:
             return re.sub(r"[^\n]", " ", m[0])
         comments = re.sub(form + r"|[^/\"']+|.", lambda m: m[0] if m[0][:2] in ("//", "/*")
                           else blank(m), source, flags=re.S)
-        return re.sub(form, blank, source, flags=re.S), comments.splitlines()
+        return re.sub(form, blank, source, flags=re.S), comments.split("\n")
 
     def chapter_at(self, line):
         """The number of the chapter that has this line; 0 before the first."""
@@ -159,7 +160,7 @@ class Texts:
         for first, last in re.findall(r"\b(%s)\b(?: to (%s)\b)?" % (NUMBER, NUMBER), words):
             if last and {first, last} <= set(self.numbers):
                 a, b = self.numbers.index(first), self.numbers.index(last)
-                numbers += self.numbers[a:b + 1]
+                numbers += self.numbers[a:b + 1] or [f"{first} to {last}"]
             else:
                 numbers += [first] + [last] * bool(last)
         return numbers
@@ -173,8 +174,10 @@ def citations(code, texts):
 
 def check(code, texts):
     """What does not fit between the numbers of the texts and those of the code, a line each."""
-    wrong = [f"doc/writeup.md: equation ({n}) is there more than once"
-             for n in sorted(set(texts.numbers)) if texts.numbers.count(n) > 1]
+    once = [f"equation ({n})" for n in texts.numbers + texts.others]
+    once += [f"section {n} of the writeup" for n in texts.sections]
+    wrong = [f"the texts: {what} is there more than once"
+             for what in sorted(set(once)) if once.count(what) > 1]
     cited = citations(code, texts)
     wrong += [f"train_gpt2_mla.c:{i}: cites ({n}), which no equation of the writeup has"
               for i, n in cited if n not in texts.numbers]
@@ -459,7 +462,8 @@ def results():
     """
     found = {}
     for path in sorted((ROOT / "dev/results").glob("*.csv")):
-        runs = list(csv.DictReader(read(path.relative_to(ROOT)).splitlines()))
+        runs = need(list(csv.DictReader(read(path.relative_to(ROOT)).splitlines())),
+                    f"dev/results/{path.name}", "a table of runs")
         program = {run.get("row"): run.get("program") for run in runs}
 
         def command(run):
@@ -470,9 +474,12 @@ def results():
             found[path.stem] = [[run["row"], int(run["seed"]), float(run["val_loss"]),
                                  int(run["parameters"]), int(run["cache"]), run["learning_rate"],
                                  command(run)] for run in runs]
+            if not all(math.isfinite(run[2]) for run in found[path.stem]):
+                raise ValueError("a val_loss that is not finite")  # nor is it JSON
         except (KeyError, TypeError, ValueError) as error:
             raise Forms(f"dev/results/{path.name}: no table of runs: {error!r}") from error
-    return need(found, "dev/results", "CSV files of experiments")
+    need("rank" in found, "dev/results", "rank.csv, with which the figure begins")
+    return found
 
 
 def contents(code, text):
