@@ -55,10 +55,23 @@ function reveal(element, focus) {
 }
 
 function toAddress() {
-  const element = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  let id = "";
+  try { id = decodeURIComponent(location.hash.slice(1)); } catch { /* a % that stands alone */ }
+  const element = document.getElementById(id);
   if (element) reveal(element, true);
 }
-addEventListener("hashchange", toAddress);
+
+// Back comes to where a link was followed from: the history's entry keeps what was in view.
+const scrollers = [document.scrollingElement, panes.text, panes.code];
+const keep = () => history.replaceState({ name: document.body.dataset.show,
+  tops: scrollers.map((element) => element.scrollTop) }, "");
+function arrive() {
+  if (!history.state) return toAddress();
+  show(history.state.name);
+  active = null;  // neither follows the other, until one is read on
+  scrollers.forEach((e, k) => e.scrollTo({ top: history.state.tops[k], behavior: "instant" }));
+}
+addEventListener("popstate", arrive);
 
 $("#other").addEventListener("click", () => {
   const from = document.body.dataset.show, partner = counterpart(from);
@@ -86,7 +99,7 @@ function counterpart(name) {
 }
 
 function follow() {
-  if (!$("#follow").checked || narrow.matches) return;
+  if (!active || !$("#follow").checked || narrow.matches) return;
   const partner = counterpart(active);
   if (!partner || partner === shown || !partner.offsetParent) return;
   shown?.classList.remove("here");
@@ -144,9 +157,15 @@ panes.code.addEventListener("click", (event) => {
 });
 
 document.addEventListener("click", (event) => {
-  const same = event.target.closest("a")?.hash === location.hash;
-  if (same && !event.defaultPrevented) toAddress();
+  const link = event.target.closest("a");
+  if (link && !event.defaultPrevented) link.hash === location.hash ? toAddress() : keep();
   $$("details.number[open]").forEach((d) => d.contains(event.target) || (d.open = false));
+});
+
+document.addEventListener("keydown", (event) => {
+  const list = event.key === "Escape" && event.target.closest("details.number[open]");
+  if (list) list.open = false, list.firstChild.focus();
+  if (event.key === "Escape") tip.hidden = true;
 });
 
 // --- Symbols: the word, or the part of a formula, that is pointed at
@@ -235,6 +254,7 @@ function search() {
     const cut = (at ? "…" : "") + entry.text.slice(at, at + 120);
     return make("li", {}, make("a", { href: entry.href, onclick: (event) => {
       event.preventDefault();
+      keep();
       history.pushState(null, "", entry.href);
       results.hidden = true;
       reveal(entry.element, true);
@@ -255,8 +275,9 @@ $("search").addEventListener("focusout", (event) => {
 
 const POSITIONS = { mha: ["learned", "rope", "decoupled"], gqa: ["learned", "rope"],
   mqa: ["learned", "rope"], mla: ["learned", "decoupled"] };
-const model = { kind: "mla", position: "decoupled", cache: "latents", NH: 16, HS: 32, NKV: 16,
-  R: 341, RD: 16, L: 8, T: 1024 };
+// What the reader asks for; and the model, which has of it what goes together.
+const asked = { kind: "mla", position: "decoupled", cache: "latents", NH: 16, HS: 32, NKV: 16,
+  R: 341, RD: 16, L: 8, T: 1024 }, model = {};
 const count = (n) => n.toLocaleString("en-US");
 
 // The widths that follow from kind and position.
@@ -296,6 +317,7 @@ function besideOthers() {
 // The figures are drawn anew, of values that the program would take.
 const redraw = [];
 function update() {
+  Object.assign(model, asked);
   const positions = POSITIONS[model.kind];
   if (!positions.includes(model.position)) model.position = positions.at(-1);
   model.NKV = divisors(model.NH).findLast((n) => n <= model.NKV);
@@ -308,7 +330,7 @@ function cacheFigure(place) {
   const inputs = {};
   const choice = (name, label, values) => {
     inputs[name] = make("select", { name, onchange: (event) => {
-      model[name] = event.target.value;
+      asked[name] = event.target.value;
       update();
     } }, ...values.map((v) => make("option", {}, v)));
     return make("label", {}, label, inputs[name]);
@@ -317,11 +339,12 @@ function cacheFigure(place) {
   const slider = (name, label, min, max = false, step = 1) => {
     inputs[name] = make("input", { type: "range", min, max, step, name, oninput: (event) => {
       const value = Number(event.target.value);
-      model[name] = name === "T" ? 2 ** value : name === "NKV" && value > model.NKV
+      asked[name] = name === "T" ? 2 ** value : name === "NKV" && value > model.NKV
         ? divisors(model.NH).find((n) => n >= value) : value;
       update();
     } });
-    return make("label", {}, label, inputs[name], make("output"));
+    // The slider says its value by itself.
+    return make("label", {}, label, inputs[name], make("span", { "aria-hidden": true }));
   };
   const answer = make("p", { class: "answer", role: "status" });
   const bars = make("div", { class: "bars" });
@@ -444,8 +467,9 @@ function absorptionFigure(place) {
     const [way, k] = all[at], { steps, keeps } = absorptionSteps()[way];
     const { when, of, left, right, result, says } = steps[k];
     radios.forEach((radio) => { radio.checked = radio.value === way; });
-    said.replaceChildren(make("strong", {}, `${way}, ${k + 1} of ${steps.length}. ${when}, `
-      + `for ${of}. `), says);
+    const words = `${way}, ${k + 1} of ${steps.length}. ${when}, for ${of}. `;
+    if (said.textContent !== words + says)  // else it would be read out at each slider's move
+      said.replaceChildren(make("strong", {}, words), says);
     product.replaceChildren(drawn(left), make("b", {}, "×"), drawn(right), make("b", {}, "="),
       drawn(result));
     product.ariaLabel = `${left[0]}, ${shapeOf(left)}, meets ${right[0]}, ${shapeOf(right)}, which `
@@ -527,5 +551,5 @@ if (low - stem < 1)
     deep.append(base);
   }
 
-toAddress();
+arrive();
 })();

@@ -125,6 +125,9 @@ def test_check_finds_mistakes(d):
             "chapter 9 does not cite (24)")
     planted(text, r"\tag{24}", "", "no equation is (24)")
     planted(text, r"\tag{23}", r"\tag{22}", "equation (22) is there more than once")
+    planted("doc/modify.md", r"\tag{q2}", r"\tag{25}", "equation (25) is there more than once")
+    planted(text, "\n## 3 ", "\n## 2 ", "section 2 of the writeup is there more than once")
+    planted(code, "all layers together (24)", "(23f to 23a)", "cites (23f to 23a)")
     planted(text, r"\tag{31}", r"\tag{32}", "equation (32) is missing")
     planted(text, "| (31), (31a)", "| (24), (31), (31a)", "dev/convert.py: does not cite (24)")
     planted(text, "| (24) floats", "| floats", "equation (24) is missing")
@@ -157,6 +160,9 @@ def test_errors_are_lines(d):
            ("doc/writeup.md", writeup.replace(b"is 0, $dW_Q", b"is 0, $ dW_Q"),
             "doc/writeup.md: expected the other $ of a formula"),
            ("dev/results/rank.csv", b"row,seed\nmha,1\n", "dev/results/rank.csv: no table of runs"),
+           ("dev/results/rank.csv", b"", "dev/results/rank.csv: expected a table of runs"),
+           ("dev/results/rank.csv", b"row,seed,val_loss,parameters,cache,learning_rate\n"
+            b"mha,1,nan,1,1,1\n", "not finite"),
            ("doc/page", b"a file in its place", "doc/page")]
     with tempfile.TemporaryDirectory() as folder:
         copy = pathlib.Path(folder)
@@ -308,7 +314,13 @@ def test_addresses(d):
     for anchor in ("#eq-25", "#eq-q1", "#f-absorbed_query", "#L1000", "#section-9", "#chapter-13"):
         visit(d, anchor)
         assert run(d, "return seen(document.querySelector(location.hash))"), anchor
-    visit(d)
+    visit(d, "#%")  # no address, and no error
+    place = """await frames(9);
+      return ['text', 'code'].map((id) => document.getElementById(id).scrollTop)"""
+    before = run(d, "document.getElementById('text').scrollTop = 9000;" + place)
+    run(d, "await go(document.querySelector('#text section:nth-of-type(2) a.cite'))")
+    d.back()
+    same(run(d, place), before, "where Back comes to")
     run(d, """const line = document.querySelector('#L12'), r = line.getBoundingClientRect();
       line.dispatchEvent(new MouseEvent('click', { bubbles: true, clientX: r.left + 20,
         clientY: r.top + 5 })); await frames(2);""")
@@ -423,6 +435,9 @@ def test_sliders_beside_the_program(d):
                 document.querySelector('.bars .chosen').textContent];""", m)
             same(found.replace(",", ""), expected, f"floats per token of {m}")
             assert bar.endswith(f": {found}"), f"{bar}, for {found} floats of {m}"
+    same(run(d, f"{SLIDE} slide({{ kind: 'mla', NH: 16, NKV: 16, R: 64 }}); slide({{ NH: 1 }});"
+             "slide({ NH: 16 }); return ['NKV', 'R'].map((name) => document.querySelector("
+             "`[name=${name}]`).value)"), ["16", "64"], "NKV and R after other numbers of heads")
     said = run(d, f"""{SLIDE}
       slide({{ kind: 'mha', position: 'rope', L: 24, NH: 16, HS: 64, T: 10 }});
       return document.querySelector('.answer').textContent;""")
