@@ -27,11 +27,14 @@ function show(name) {
   $("#other").textContent = name === "text" ? "Code" : "Text";
 }
 
+// The place on the screen where this part of a pane (narrow: of the page) is above.
+const edge = (name, part) => (narrow.matches ? innerHeight * part
+  : panes[name].getBoundingClientRect().top + panes[name].clientHeight * part);
+
 // Scrolls a pane (narrow: the page) so that the element stands a fifth below its top.
 function scrollTo(element, smooth) {
   const pane = narrow.matches ? document.scrollingElement : panes[paneOf(element)];
-  const top = narrow.matches ? 0 : pane.getBoundingClientRect().top;
-  const way = element.getBoundingClientRect().top - top - pane.clientHeight / 5;
+  const way = element.getBoundingClientRect().top - edge(paneOf(element), 1 / 5);
   const near = Math.abs(way) < 2 * pane.clientHeight;
   pane.scrollBy({ top: way, behavior: smooth && near && !still.matches ? "smooth" : "instant" });
 }
@@ -89,9 +92,8 @@ const byLine = pairs.filter((pair) => !pair.text.id.startsWith("m-"))
 
 // What stands in the other pane beside that which is read in this one, a third below its top.
 function counterpart(name) {
-  const height = narrow.matches ? innerHeight : panes[name].clientHeight;
-  const from = narrow.matches ? 0 : panes[name].getBoundingClientRect().top;
-  const isAbove = (e) => e.getBoundingClientRect().top < from + height / 3;
+  const third = edge(name, 1 / 3);
+  const isAbove = (e) => e.getBoundingClientRect().top < third;
   const section = $$("section", panes[name]).filter((s) => s.offsetHeight && isAbove(s)).at(-1);
   const here = (name === "text" ? pairs : byLine).filter((pair) => section?.contains(pair[name]));
   const pair = here.findLast((pair) => isAbove(pair[name]));
@@ -116,6 +118,20 @@ for (const name of ["text", "code"]) {
   panes[name].addEventListener(rest, () => { if (name === active) follow(); }, { passive: true });
 }
 $("#follow").addEventListener("change", follow);
+
+// Where the window becomes narrow or wide, what was read stays in view.
+let read = [], wasNarrow = narrow.matches;
+document.addEventListener(rest, () => {
+  if (narrow.matches !== wasNarrow) return;  // the change itself has scrolled
+  read = ["text", "code"].map((name, k) => {
+    const fifth = edge(name, 1 / 5), isSeen = (e) => e.getBoundingClientRect().bottom > fifth;
+    return $$(name === "text" ? "section > *" : ".l", panes[name]).find(isSeen) || read[k];
+  });
+}, { passive: true, capture: true });
+narrow.addEventListener("change", () => {
+  wasNarrow = narrow.matches;
+  for (const element of read) if (element?.offsetParent) scrollTo(element, false);
+});
 
 // --- Equations in the code, functions' places in the text: opened in place
 

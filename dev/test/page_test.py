@@ -629,8 +629,11 @@ def test_narrow(d):
     assert not code.is_displayed()
     d.find_element(By.ID, "other").click()
     assert code.is_displayed() and not d.find_element(By.ID, "text").is_displayed()
-    assert run(d, "const r = document.getElementById('f-cache_floats').getBoundingClientRect();"
-                  "return r.top > 0 && r.top < innerHeight"), "the function beside (24)"
+    for width in (360, 1440, 360):
+        resize(d, width, 800)
+        assert run(d, """await frames(20); const r = document.getElementById('f-cache_floats')
+          .getBoundingClientRect(); return r.top > 0 && r.top < innerHeight"""), \
+            f"the function beside (24), where the window's width becomes {width}"
     resize(d, 1440, 900)
 
 
