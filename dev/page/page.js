@@ -211,6 +211,7 @@ function wordAt(x, y) {
   const box = range.getBoundingClientRect();
   if (x < box.left || x > box.right || y < box.top || y > box.bottom) return "";
   const word = text.slice(from, to);
+  if (element.closest("#code") && /^[a-z]$/.test(word)) return "";  // there, a variable
   // In prose a single letter is a symbol only beside an operator: "the C program" is none.
   const near = text.slice(Math.max(0, from - 2), from) + "|" + text.slice(to, to + 2);
   const is = word.length > 1 || element.closest("code")
