@@ -75,6 +75,11 @@ pass.
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#if defined __AMX_BF16__ && defined __linux__  // chapter 13
+#include <immintrin.h>
+#include <sys/syscall.h>
+long syscall(long number, ...);  // unistd.h has it among extensions only
+#endif
 
 #if __FINITE_MATH_ONLY__
 #error "-Ofast and -ffast-math remove every check for NaN: use -O3"
@@ -1503,12 +1508,26 @@ enum { CACHE_FULL, CACHE_LATENT, CACHE_ABSORBED };  // [ATTENTION 3]
 static const char *const cache_names[] = {"full", "latent", "absorbed", NULL};
 enum { CHUNK = 256 };  // keys to a chunk (chapter 10), a multiple of NR
 
-// What products take, and with it what a cache keeps: floats, or floats rounded to bfloat16.
+// What products take, and with it what a cache keeps: floats, or floats rounded to bfloat16, which
+// is the upper half of a float, its exponent and 7 bits of its fraction ("Half the bits" in section
+// 14). With --precision bf16 every product rounds both its factors so; sums are floats.
 enum { FP32, BF16 };
 static const char *const precision_names[] = {"fp32", "bf16", NULL};
 static int precision;
-static inline uint16_t to_bfloat16(real x);  // chapter 13
-static inline real from_bfloat16(uint16_t x);
+
+static inline uint16_t to_bfloat16(real x) {  // to the nearest; of two as near, to the even one
+    union { float f; uint32_t u; } v = {x};
+    uint32_t up = 0x7fff + (v.u >> 16 & 1);
+    return x == x ? (v.u + up) >> 16 : v.u >> 16 | 0x40;  // NaN stays NaN
+}
+
+static inline real from_bfloat16(uint16_t x) {
+    union { uint32_t u; float f; } v = {(uint32_t)x << 16};
+    return v.f;
+}
+
+static inline real rounded(real x) { return from_bfloat16(to_bfloat16(x)); }
+
 static void keep_twin(const Model *m);  // its weights as bfloat16, from which decoding reads
 
 // [ATTENTION 3] Floats that a decoder keeps per token, all layers together (24).
@@ -2280,21 +2299,6 @@ static void model_free(Model *m) {
 typedef real vec __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 enum { KC = 256, NC = 1024 };  // depth of a thread's panels; columns of panels that all share
 
-// A bfloat16 is the upper half of a float: its exponent and 7 bits of its fraction ("Half the bits"
-// in section 14). With --precision bf16 every product rounds both its factors so; sums are floats.
-static inline uint16_t to_bfloat16(real x) {  // to the nearest; of two as near, to the even one
-    union { float f; uint32_t u; } v = {x};
-    uint32_t up = 0x7fff + (v.u >> 16 & 1);
-    return x == x ? (v.u + up) >> 16 : v.u >> 16 | 0x40;  // NaN stays NaN
-}
-
-static inline real from_bfloat16(uint16_t x) {
-    union { uint32_t u; float f; } v = {(uint32_t)x << 16};
-    return v.f;
-}
-
-static inline real rounded(real x) { return from_bfloat16(to_bfloat16(x)); }
-
 // c (rows, vectors*VW) = start + a b. Number (i, k) of a is a[i*a_row + k*a_step], rows of b are
 // b_row apart. Always inlined, so that the constants of each caller unroll the loops and put acc
 // into registers. With one vector (few_by_columns), a is the large matrix and comes from memory:
@@ -2419,9 +2423,6 @@ static void pack_pairs(real *panels, const real *src, long line, long deep, int 
 }
 
 #if defined __AMX_BF16__ && defined __linux__
-#include <immintrin.h>
-#include <sys/syscall.h>
-long syscall(long number, ...);  // unistd.h has it among extensions only
 // c, 32 x 32, = start + a b, from a panel of each, whole 32s deep. Two tiles of each: with 4 sums
 // at work at a time, loads (8 cycles a tile) stay behind products.
 static void multiply_pairs(const uint32_t *a, const uint32_t *b, long depth, real *c, long c_row,
