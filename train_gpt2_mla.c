@@ -4698,9 +4698,9 @@ static void begin_ranks(int argc, char **argv) {
     MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &host);
     MPI_Comm_size(host, &here), MPI_Comm_free(&host);
 #ifdef _OPENMP  // else each of a host's ranks would take all of its cores
-    int share = sysconf(_SC_NPROCESSORS_ONLN) / here;
+    int cores = sysconf(_SC_NPROCESSORS_ONLN) / here;
     if (!getenv("OMP_NUM_THREADS"))
-        omp_set_num_threads(max_int(1, min_int(share, omp_get_num_procs())));
+        omp_set_num_threads(max_int(1, min_int(cores, omp_get_num_procs())));
 #endif
     if (rank && !freopen("/dev/null", "w", stdout)) fail(1, "/dev/null: cannot open");
     compare_programs(argc, argv);
