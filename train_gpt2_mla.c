@@ -124,8 +124,9 @@ static void *allocate(size_t bytes, const char *what);
 // Randomness without state: number i of stream `key` is a hash of the two (the finalizer of
 // SplitMix64: Steele, Lea and Flood 2014). So every random number has an address: dropout is
 // the same for any number of threads, and no generator's state needs to be saved.
+static const uint64_t STRIDE = 0x9E3779B97F4A7C15u;  // from a number of a stream to the next
 static uint64_t random_bits(uint64_t key, uint64_t i) {
-    uint64_t z = key + (i + 1) * 0x9E3779B97F4A7C15u;
+    uint64_t z = key + (i + 1) * STRIDE;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
     return z ^ (z >> 31);
@@ -4567,7 +4568,7 @@ static int unicode_class(int code) {
 // what takes longer than they do, and for the bucket of layer 0, with the embedding, at the end.
 
 static uint64_t numbers_from(uint64_t key, uint64_t n) {
-    return key + n * 0x9E3779B97F4A7C15u;  // random_bits(key, n + i) is random_bits(this, i)
+    return key + n * STRIDE;  // random_bits(key, n + i) is random_bits(this, i)
 }
 
 #ifdef USE_MPI
