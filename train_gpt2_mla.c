@@ -3235,12 +3235,13 @@ static const char *link_target(const char *path) {
 }
 
 // The files that a run writes. No other run can: each has path.lock, which is locked for as long as
-// this program lives, however it ends. What stood there before is kept as `old`.
+// this program lives, however it ends. What stood there before, or is put there while it runs, is
+// kept as `old`.
 typedef struct {
     const char *option, *path;
     char *lock, *old;  // old: NULL if there is nothing to keep
     struct stat is;    // of the lock
-    long step;         // of a checkpoint that is to be kept; 0: unknown
+    long step, saved;  // of a checkpoint that is to be kept, 0: unknown; of this run's own, or -1
     int kept;
 } Held;
 static Held held[3];
@@ -3308,23 +3309,33 @@ static void hold_file(const char *option, const char *path, int continued) {
         if (o->is.st_ino == h->is.st_ino && o->is.st_dev == h->is.st_dev)
             fail(2, "%s %s: the same file as %s", option, path, o->option);
     if (!n_held++) atexit(release_files);
+    h->saved = continued ? step_in(path) : -1;
     if (continued || stat(path, &there) || !there.st_size) return;
     if (!name_old(h)) fail(1, "%s: what is there cannot be kept as %s: %s", path, h->old,
                            strerror(errno));
     h->step = step_in(path);
 }
 
-// Before a file is first replaced. Two names for one file, where there can be such, leave no moment
-// without either. Returns whether nothing is lost by replacing it now; if not, errno says why.
-static int keep_old(const char *path) {
+// Before a file is replaced by one of `step`: what is not this run's own is put aside. Two names for
+// one file, where there can be such, leave no moment without either. Returns whether nothing is lost
+// by replacing it now; if not, errno says why.
+static int keep_old(const char *path, long step) {
     for (Held *h = held; h < held + n_held; h++) {
-        if (!h->old || h->kept || strcmp(h->path, path)) continue;
-        int failed;
-        while ((failed = link(path, h->old)) && errno == EEXIST)
+        if (strcmp(h->path, path)) continue;
+        struct stat is;
+        long found = step_in(path), own = h->saved;
+        h->saved = step;
+        if (found == own || stat(path, &is) || !is.st_size) continue;
+        int late = !h->old || h->kept;  // put there since the run began
+        if (late && !name_old(h)) return 0;
+        if (late) h->step = found;
+        while (link(path, h->old)) {
+            if (errno != EEXIST && rename(path, h->old)) return 0;
+            if (errno != EEXIST) break;
             if (!name_old(h)) return 0;
-        if (failed && errno == ENOENT) h->step = 0;  // it was removed: nothing is kept
-        else if (failed && rename(path, h->old)) return 0;
+        }
         h->kept = 1;
+        if (late) warn("%s: not what this run saved; kept as %s", path, h->old);
     }
     return 1;
 }
@@ -3421,7 +3432,7 @@ static int checkpoint_save(const Model *m, const char *path, long step, const ch
     ok = ok && !ferror(f) && !fflush(f) && !fsync(fileno(f));
     int error = errno;
     if (fclose(f) && ok) error = errno, ok = 0;
-    if (ok && (!keep_old(path) || rename(temporary, path))) error = errno, ok = 0;
+    if (ok && (!keep_old(path, step) || rename(temporary, path))) error = errno, ok = 0;
     if (!ok) {
         unlink(temporary);
         warn("%s: not written: %s (a file of that name is as it was)", path, strerror(error));
@@ -3918,7 +3929,7 @@ static void log_validation(Outputs *out, double loss) {
 static FILE *log_start(const char *path, const Model *m, const char *settings) {
     struct stat st;
     int replaces = !stat(path, &st);
-    if (replaces && (!keep_old(path) || (unlink(path) && errno != ENOENT))) return NULL;
+    if (replaces && (!keep_old(path, 0) || (unlink(path) && errno != ENOENT))) return NULL;
     FILE *f = fopen(path, "ab");  // what others append, or cut, leaves no holes
     if (f && replaces) fchmod(fileno(f), st.st_mode & 07777);
     if (f) log_begin(f, m, settings);
@@ -4465,6 +4476,7 @@ static void print_inputs(const Inputs *in, const Model *m) {
 int main(int argc, char **argv) {
     for (int fd = 0; fd < 3; fd++)  // one that was closed must not become that of a file
         if (fcntl(fd, F_GETFD) == -1 && open("/dev/null", fd ? O_RDONLY : O_WRONLY) != fd) return 1;
+    setvbuf(stderr, NULL, _IOLBF, BUFSIZ);  // no signal's line comes amid another
     begin_ranks(argc, argv);  // [MPI]
     parse_options(argc, argv);
     if (opt.help) return print_help(), 0;

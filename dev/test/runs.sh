@@ -220,6 +220,14 @@ holds "a checkpoint that was removed: exit status" ends 143
 holds "a checkpoint that was removed: saved all the same" [ -e m ]
 holds "a checkpoint that was removed: no complaint" lacks err 'not written'
 holds "a checkpoint that was removed: not said to be kept" lacks out ' of before: '
+rm -f m*; run $tiny --steps 20 --save other >out
+begin $endless --save m --save-every 200; until [ -e m ]; do :; done; mv other m
+until [ -e m.old ] || ! kill -0 $started; do :; done; kill $started; wait $started
+holds "a checkpoint put there during the run: is kept" [ "$(step_in m.old)" = 20 ]
+holds "a checkpoint put there during the run: said" \
+    says err '^train_gpt2_mla: m: not what this run saved; kept as m.old$'
+holds "a checkpoint put there during the run: said at the end" says out '^m.old has step 20 of before'
+holds "what the run itself saved is not kept" [ ! -e m.old2 ]
 
 # --- What the user has set
 
@@ -306,6 +314,9 @@ holds "overflow at the end: exit status" [ $? = 1 ]
 holds "overflow at the end: a good checkpoint is not replaced" cmp m was
 run $wild --steps 3 --val-data text >out 2>err
 holds "overflow, nothing to save: exit status" [ $? = 1 ]
+run $wild --steps 50 >out 2>err
+holds "overflow, neither validated nor saved: exit status" [ $? = 1 ]
+holds "overflow, neither validated nor saved: line" says err 'stopped, and not saved (a lower '
 length=$(od -An -tu4 -N4 m | tr -d ' ') data=$(wc -c <m)
 numbers=$(((data - 8 - length) / 4))  # to become the largest that there are
 { head -c $((8 + length)) m
