@@ -46,6 +46,9 @@ ends() {  # the status of the run in the background
 # --- Signals. All that announce an end save; two that come together are one.
 
 for signal in HUP INT USR1 USR2 TERM XCPU XFSZ; do
+    if [ $signal = HUP ] && sh -c 'kill -s HUP $$' 2>/dev/null; then
+        echo "runs: not run: signal HUP (ignored here, as nohup has it)"; continue
+    fi
     rm -f m m.csv
     begin $endless --save m --log m.csv
     kill -s $signal $started
