@@ -490,7 +490,7 @@ def moments_on(model, path, tokens=65536):
     return [(s / n, xx / n - torch.outer(s / n, s / n)) for s, xx in sums]
 
 
-def layer_to_mla(path, l, config, w, rank, moments=None):
+def layer_to_mla(config, w, rank, moments=None):
     """One layer's tensors, rewritten: {name in the layer: float64}, share of the spectrum kept.
 
     w: name in the layer -> tensor in float64. Biases go as section 12 has it; then (31), whose
@@ -505,14 +505,14 @@ def layer_to_mla(path, l, config, w, rank, moments=None):
     W_O, b_O = w("attn.c_proj.weight"), w("attn.c_proj.bias")                    # (C, C), (C)
     scale, shift = w("ln_1.weight"), w("ln_1.bias")                              # (C), (C)
 
-    tau = torch.zeros(()).double()
-    if b_Q.any():
-        if not scale.all():
-            fail(f"{path}: h.{l}.ln_1.weight holds a 0, so that the bias of queries has no place "
-                 "(the writeup, section 12)")
-        tau = 1 - (shift / scale).mean()
-        W_Q = W_Q + torch.outer(b_Q - tau * (W_Q @ scale), 1 / scale) / C        # (C, C)
-        shift = shift + tau * scale
+    old_shift = shift
+    if b_Q.any():  # W_Q + b_Q u^T needs u with u @ x = 1 for every x that ln_1 gives
+        if scale.all():
+            shift, u = scale, 1 / (C * scale)
+        else:  # there x is ln_1's bias, whatever ln_1 reads
+            still = scale == 0
+            shift, u = torch.where(still, 1, shift), still / still.sum()
+        W_Q = W_Q + torch.outer(b_Q - W_Q @ (shift - old_shift), u)              # (C, C)
 
     W = torch.cat([W_K, W_V])                                                    # (2 shared, C)
     mean, root = torch.zeros(C).double(), None
@@ -530,7 +530,7 @@ def layer_to_mla(path, l, config, w, rank, moments=None):
     up, down = up * half.T, down / half
     U_K, U_V = up.split(shared)                                                  # (shared, R) each
     W_V_new = U_V @ down                                                         # (shared, C)
-    b_V = b_V - tau * (W_V_new @ scale) + (W_V - W_V_new) @ mean                 # (shared)
+    b_V = b_V - W_V_new @ (shift - old_shift) + (W_V - W_V_new) @ mean           # (shared)
     b_V = b_V.view(NKV, HS).repeat_interleave(config.n_head // NKV, 0).flatten()  # (C)
     heads = torch.cat([U_K.view(NKV, HS, rank), U_V.view(NKV, HS, rank)], 1)     # (NKV, 2 HS, R)
     return {"ln_1.bias": shift, "attn.c_proj.bias": b_O + W_O @ b_V, "attn.q_proj.weight": W_Q,
@@ -562,7 +562,7 @@ def to_mla(path, model, rank, data=None, show=say):
     @functools.lru_cache(1)  # a layer's tensors are asked for one after the other
     def layer(l):
         w = lambda name: model.tensors[f"h.{l}.{name}"]().double()
-        tensors, kept = layer_to_mla(path, l, c, w, rank, moments[l])
+        tensors, kept = layer_to_mla(c, w, rank, moments[l])
         show(f"layer {l}: rank {rank} of {most} keeps {100 * kept:.3f}% of the sum of squared "
              f"singular values{' of keys and values on the data' if data else ''}")
         return tensors

@@ -372,7 +372,7 @@ def test_mla_data(folder):
     old = lambda name: w[f"h.1.{name}"]
     W, b_V = old("attn.c_attn.weight")[C:], old("attn.c_attn.bias")[2 * C:]      # (2C, C), (C)
     for rank in (1, 8, 20):
-        new, kept = convert.layer_to_mla("", 1, model.config, old, rank,
+        new, kept = convert.layer_to_mla(model.config, old, rank,
                                          (mean, torch.tensor(root @ root.T)))
         up = new["attn.kv_b_proj.weight"].view(4, 2, 8, rank).transpose(0, 1).reshape(2 * C, rank)
         cut = up @ new["attn.kv_a_proj_with_mqa.weight"]                         # (2C, C)
