@@ -54,21 +54,33 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 CUT = re.compile(rb"[!-~\x8b-\x9e\xa1-\xa7\xaa-\xae\xb0-\xbf](?=[ \n])")
 
 
-# ---- Files and errors: sys.exit with a string prints that one line and exits with status 1 ------
+# ---- Files and errors ---------------------------------------------------------------------------
 
-def say(text="", **how):
+def visible(text):
+    """A name may hold anything: what would break the line, or a terminal, is escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def say(text="", start="", end="\n"):
     """print, which a reader that has gone, or a full disk, does not end: the files matter."""
     try:
-        print(text, flush=True, **how)
+        print(start + visible(text), end=end, flush=True)
     except OSError as e:
         sys.stderr.write(f"error: standard output: cannot write: {e.strerror}; going on\n")
         sys.stdout = open(os.devnull, "w")
 
 
+def fail(message):
+    """Ends the program: one line, exit status 1."""
+    sys.exit(f"error: {visible(message)}")
+
+
 def show_progress(text):
-    """On a terminal, in place; a newline ends it."""
+    """On a terminal, in place; an empty text ends the line."""
     if sys.stdout.isatty():
-        say(text, end="")
+        say(text, *("\r", "") if text else ())
 
 
 def one_line(error):
@@ -81,8 +93,7 @@ def require(package):
     try:
         importlib.import_module(package)
     except ImportError as e:
-        sys.exit(f"error: the package {package} is missing: pip install {package} "
-                 f"({one_line(e)})")
+        fail(f"the package {package} is missing: pip install {package} ({one_line(e)})")
 
 
 def read_file(path, option):
@@ -90,7 +101,21 @@ def read_file(path, option):
         with open(path, "rb") as f:
             return f.read()
     except OSError as e:
-        sys.exit(f"error: {option}: cannot read {path}: {e.strerror}")
+        fail(f"{option}: cannot read {path}: {e.strerror}")
+
+
+def check_replaceable(path, kind, start, at=0):
+    """Refuses what is there, if it is no such file (bytes `start` at `at`) or cannot be written."""
+    if not os.path.exists(path):
+        return
+    if not os.path.isfile(path):
+        fail(f"{path}: exists and is no regular file; will not replace it")
+    if not os.access(path, os.W_OK) or not os.stat(path).st_mode & 0o222:
+        fail(f"{path}: exists and is read-only; will not replace it")
+    with open(path, "rb") as f:
+        f.seek(at)
+        if os.path.getsize(path) and f.read(len(start)) != start:
+            fail(f"{path}: exists and is no {kind}; will not replace it")
 
 
 def write_files(files):
@@ -98,9 +123,8 @@ def write_files(files):
     than an error. So all are written beside their final names first, and renamed at the end."""
     files = {os.path.realpath(path): content for path, content in files.items()}  # a link stays
     parts = {path: f"{path}.{os.getpid()}.part" for path in files}
-    for path in files:
-        if os.path.exists(path) and not os.stat(path).st_mode & 0o222:
-            sys.exit(f"error: {path}: exists and is read-only; will not replace it")
+    for path, content in files.items():
+        check_replaceable(path, "file of this program", content[:4])
     try:
         for path, content in files.items():
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -109,7 +133,7 @@ def write_files(files):
         for path, part in parts.items():
             os.replace(part, path)
     except OSError as e:
-        sys.exit(f"error: cannot write {path}: {e.strerror}")
+        fail(f"cannot write {path}: {e.strerror}")
     finally:  # after an error or Ctrl-C; on success there is nothing left to remove
         for part in parts.values():
             with contextlib.suppress(OSError):
@@ -139,7 +163,7 @@ def fetch(url):
                 if not chunk:
                     break
                 text += chunk
-                show_progress(f"\r  {len(text)} of {SIZE} bytes ({100 * len(text) // SIZE}%)")
+                show_progress(f"  {len(text)} of {SIZE} bytes ({100 * len(text) // SIZE}%)")
         if len(text) < SIZE:  # a connection cut half way looks like the end of the file
             raise ValueError(f"connection closed: found {len(text)} bytes, expected {SIZE}")
         if difference(text):
@@ -148,11 +172,11 @@ def fetch(url):
     except (OSError, http.client.HTTPException, ValueError) as e:
         if type(e) is urllib.error.URLError:  # a wrapper around the error that matters
             e = e.reason
-        sys.exit(f"error: cannot fetch {url}: {one_line(e)}; fetch it by hand and run "
-                 f"python3 prepro_tinyshakespeare.py --input FILE, or name a mirror with --url")
+        fail(f"cannot fetch {url}: {one_line(e)}; fetch it by hand and run "
+             f"python3 prepro_tinyshakespeare.py --input FILE, or name a mirror with --url")
     finally:
         if text:
-            show_progress("\n")
+            show_progress("")
 
 
 def get_texts(args):
@@ -161,7 +185,7 @@ def get_texts(args):
     if args.input is not None:
         for path in args.input:
             if args.input.count(path) > 1:
-                sys.exit(f"error: --input {path}: given twice")
+                fail(f"--input {path}: given twice")
         texts = {path: read_file(path, "--input") for path in args.input}
         for path, text in texts.items():
             if difference(text):
@@ -173,8 +197,8 @@ def get_texts(args):
     if os.path.exists(kept):
         text = read_file(kept, "--out-dir")
         if difference(text):
-            sys.exit(f"error: {kept}: {difference(text)}; delete it to fetch it again, "
-                     f"or pass it as --input to use it as it is")
+            fail(f"{kept}: {difference(text)}; delete it to fetch it again, "
+                 f"or pass it as --input to use it as it is")
         say(f"using {kept} from an earlier run, nothing fetched")
     else:
         text = fetch(args.url)
@@ -197,8 +221,7 @@ def split(texts):
         if n < len(text):
             val.append((n == 0, text[n:]))
     if not train:
-        sys.exit(f"error: {', '.join(texts)}: found {size} bytes, expected enough text to split in "
-                 f"two")
+        fail(f"{', '.join(texts)}: found {size} bytes, expected enough text to split in two")
     return train, val
 
 
@@ -218,9 +241,9 @@ def chunks(part, what):
                 at = end
                 if 100 * done // size > shown:
                     shown = 100 * done // size
-                    show_progress(f"\r{what}: {done} of {size} bytes ({shown}%)")
+                    show_progress(f"{what}: {done} of {size} bytes ({shown}%)")
     finally:
-        show_progress("\n")
+        show_progress("")
 
 
 # ---- Tokenizers: the bytes of every token, the id that ends a text, and a function bytes -> ids --
@@ -243,8 +266,8 @@ def bpe_tokenizer(train, size):
         vocab_size=size - 1, initial_alphabet=level.alphabet(), show_progress=False))
     learned = bpe.get_vocab_size()
     if learned != size - 1:
-        sys.exit(f"error: --vocab {size}: found {learned - 256} merges in the training text, "
-                 f"expected {size - 257}; this text allows at most --vocab {learned + 1}")
+        fail(f"--vocab {size}: found {learned - 256} merges in the training text, "
+             f"expected {size - 257}; this text allows at most --vocab {learned + 1}")
 
     # The library sorts the bytes by the letters that stand for them, so their ids need remapping:
     # a visible byte is its own letter, the other 68 in order are chr(256), chr(257), ...
@@ -258,8 +281,8 @@ def bpe_tokenizer(train, size):
 
     longest = max(map(len, tokens))
     if longest > 255:  # the tokenizer file has one byte for the length
-        sys.exit(f"error: --vocab {size}: found a token of {longest} bytes, expected 255 at most; "
-                 f"try a smaller --vocab")
+        fail(f"--vocab {size}: found a token of {longest} bytes, expected 255 at most; "
+             f"try a smaller --vocab")
     return (tokens + [END_OF_TEXT.encode()], size - 1,
             lambda part: [remap[i] for i in bpe.encode(part.decode()).ids])
 
@@ -271,16 +294,16 @@ def gpt2_tokenizer(folder):
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
         except Exception as e:  # whatever tiktoken and the library it downloads with may raise
-            sys.exit(f"error: --gpt2: cannot fetch GPT-2's vocabulary; fetch vocab.bpe and "
-                     f"encoder.json from {GPT2_URL} by hand and pass --gpt2-files DIR "
-                     f"({one_line(e)})")
+            fail(f"--gpt2: cannot fetch GPT-2's vocabulary; fetch vocab.bpe and "
+                 f"encoder.json from {GPT2_URL} by hand and pass --gpt2-files DIR "
+                 f"({one_line(e)})")
     else:
         paths = [os.path.join(folder, name) for name in GPT2_FILES]
         for path, expected in zip(paths, GPT2_FILES.values()):
             found = hashlib.sha256(read_file(path, "--gpt2-files")).hexdigest()
             if found != expected:
-                sys.exit(f"error: --gpt2-files: {path}: found sha256 {found[:12]}..., "
-                         f"expected {expected[:12]}..., the file at {GPT2_URL}")
+                fail(f"--gpt2-files: {path}: found sha256 {found[:12]}..., "
+                     f"expected {expected[:12]}..., the file at {GPT2_URL}")
         os.environ["TIKTOKEN_CACHE_DIR"] = ""  # no copies of files that are here already
         ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(*paths)
         gpt2 = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
@@ -336,7 +359,7 @@ def parse_arguments():
     if args.vocab and args.gpt2:
         p.error("--vocab and --gpt2: found both, expected at most one of them")
     if os.path.exists(args.out_dir) and not os.path.isdir(args.out_dir):
-        sys.exit(f"error: --out-dir {args.out_dir}: found a file, expected a directory")
+        fail(f"--out-dir {args.out_dir}: found a file, expected a directory")
     return args
 
 
@@ -351,8 +374,8 @@ def main():
             try:
                 text.decode()
             except UnicodeDecodeError as e:
-                sys.exit(f"error: {name}: found byte {text[e.start]:#04x} at offset {e.start}, "
-                         f"expected UTF-8 (without --vocab or --gpt2, any bytes will do)")
+                fail(f"{name}: found byte {text[e.start]:#04x} at offset {e.start}, "
+                     f"expected UTF-8 (without --vocab or --gpt2, any bytes will do)")
 
     # Split first: the vocabulary is learned from the training part, and no token spans both parts.
     train, val = split(texts)
@@ -363,9 +386,9 @@ def main():
         for i, (begins, chunk) in enumerate(chunks(part, f"tokens of the {kind} part")):
             ids = encode(chunk)
             if b"".join(map(tokens.__getitem__, ids)) != chunk:
-                sys.exit(f"error: {', '.join(texts)}: the tokens of the {kind} part decode to "
-                         f"another text, expected the same; please report this, with your version "
-                         f"of {package}")
+                fail(f"{', '.join(texts)}: the tokens of the {kind} part decode to "
+                     f"another text, expected the same; please report this, with your version "
+                     f"of {package}")
             if begins and (package or i > 0):  # bytes: only between texts
                 yield [eot]
             yield ids

@@ -17,9 +17,9 @@ Rank R = C is exact, or already R = 2 NKV HS if that is less. With --data FILE, 
 a model of bytes a text, the rank is cut where the activations on that data lose least, not the
 weights.
 
-The tokenizer comes along: from SRC's folder or beside SRC, or --tokenizer FILE (nanoGPT's meta.pkl
-too), to X_tokenizer.bin in llm.c's format, or into the folder. A DST that is there already is
-replaced only if it is of the kind that is written, and is kept as DST.old.
+The tokenizer comes along: from SRC's folder or beside SRC, or --tokenizer FILE (llm.c's, nanoGPT's
+meta.pkl, or a Hugging Face folder), to X_tokenizer.bin in llm.c's format, or into the folder. A DST
+that is there already is replaced only if it is of the kind that is written, and is kept as DST.old.
 (pip install torch numpy safetensors)
 """
 
@@ -32,10 +32,13 @@ import math
 import os
 import pickle
 import re
+import signal
 import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # imports take seconds, and may catch exceptions
 try:
     import numpy as np
     import torch
@@ -47,15 +50,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "dev/pytorch")]
 import hf_tokenizer  # noqa: E402
 from gpt2_mla import GPT, Config, read_tokens, windows  # noqa: E402
-from prepro_tinyshakespeare import Parser, byte_tokenizer, one_line, say  # noqa: E402
-from prepro_tinyshakespeare import tokenizer_file  # noqa: E402
-from whole_files import (check_folder, check_replaceable, fail, place, read_json,  # noqa: E402
+from prepro_tinyshakespeare import (Parser, byte_tokenizer, check_replaceable, fail,  # noqa: E402
+                                    one_line, say, tokenizer_file)
+from whole_files import (check_file, check_folder, check_unlocked, place, read_json,  # noqa: E402
                          replacing, run_command, write_json)
 
 LLMC_MAGIC, TOKENIZER_MAGIC = 20240326, 20240328
 LLMC_VERSIONS = {3: torch.float32, 5: torch.bfloat16}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 OURS = b'{"__metadata__":{"format":"train_gpt2_mla"'  # how a checkpoint's header starts
 LARGEST = 65536  # vocabulary and channels, as the C program has it
 
@@ -65,6 +67,9 @@ IN_LAYER = ("ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias"
             "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")
 # Hugging Face's GPT-2 has these as (in, out).
 TRANSPOSED = tuple(name for name in IN_LAYER if name.endswith("weight") and "ln_" not in name)
+# transformers read these too, and believe them more.
+HF_OTHER_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers",
+                  "n_head": "num_attention_heads", "n_positions": "max_position_embeddings"}
 NO_MOMENTS = "the optimizer's moments do not come along"
 
 
@@ -233,7 +238,7 @@ def check_pickled(path, tensors):
     """Plain tensors, each with memory of its own size: {name: tensor} -> {name: shape}"""
     for name, t in tensors.items():
         if not isinstance(name, str) or not isinstance(t, torch.Tensor) or t.is_meta \
-                or t.layout != torch.strided or t.is_quantized:
+                or t.layout != torch.strided or t.is_quantized or t.is_nested:
             fail(f"{path}: {name} is {type(t).__name__}, expected a plain tensor with a name")
         if t.untyped_storage().nbytes() < t.numel() * t.itemsize:
             fail(f"{path}: {name} has shape {tuple(t.shape)}, larger than its data")
@@ -249,7 +254,7 @@ def from_gpt2_names(path, config, shapes, get, transposed):
     theirs = {}
     for name in shapes:
         short = name.removeprefix("_orig_mod.").removeprefix("transformer.")
-        if re.fullmatch(r"h\.\d+\.(attn|crossattention)\.(bias|masked_bias)", short):
+        if re.fullmatch(r"h\.\d+\.attn\.(bias|masked_bias)", short):
             continue
         if short in theirs:
             fail(f"{path}: has both {theirs[short]} and {name}, expected one of them")
@@ -263,8 +268,7 @@ def from_gpt2_names(path, config, shapes, get, transposed):
         t = as_float32(path, name, get(theirs[name]))
         return t.t() if name in turned else t
 
-    if head and (shapes[head] != shapes[theirs["wte.weight"]]
-                 or not torch.equal(get(head), get(theirs["wte.weight"]))):
+    if head and not torch.equal(as_float32(path, "lm_head.weight", get(head)), read("wte.weight")):
         fail(f"{path}: lm_head.weight is not equal to wte.weight, expected a head tied to it")
     return {name: functools.partial(read, name) for name in theirs}
 
@@ -281,8 +285,8 @@ def read_nanogpt(path):
     config = make_config(path, **{key: args.get(key) for key in keys})
     shapes = check_pickled(path, state)
     if not args.get("bias", True):  # all weights but those of embeddings and head have one
-        shapes |= {name.removesuffix("weight") + "bias": shape[:1] for name, shape in shapes.items()
-                   if re.search(r"(h\.\d+|ln_f)\..*weight$", name)}
+        shapes = {name.removesuffix("weight") + "bias": shape[:1] for name, shape in shapes.items()
+                  if re.search(r"(h\.\d+|ln_f)\..*weight$", name)} | shapes
     get = lambda name: state[name] if name in state else torch.zeros(shapes[name])
     tensors = from_gpt2_names(path, config, shapes, get, False)
     notes = ["nanoGPT's GELU is exact, this program's GPT-2's tanh form: logits differ by some "
@@ -333,6 +337,7 @@ def read_hf(folder):
              + " (what export_hf.py wrote has no way back: take the checkpoint)" * ours)
     if c.get("quantization_config"):
         fail(f"{path}: the weights are quantized, expected float32, bfloat16 or float16")
+    c |= {key: c[other] for key, other in HF_OTHER_NAMES.items() if other in c}
     C = c.get("n_embd", 768)
     for key, default, expected in [
             ("activation_function", "gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
@@ -351,7 +356,7 @@ def read_hf(folder):
 
 
 def fetch(name):
-    """A model of the Hugging Face hub -> its folder in the hub's cache"""
+    """A model of the Hugging Face hub, if it is in safetensors -> its folder in the hub's cache"""
     try:
         from huggingface_hub import snapshot_download
         return snapshot_download(name, allow_patterns=[
@@ -363,7 +368,7 @@ def fetch(name):
 
 
 def read(path, tokenizer=None):
-    """A model of any kind -> Model. tokenizer: a file with one, to take before any other.
+    """A model of any kind -> Model. tokenizer: file or folder with one, to take before any other.
 
     path: a file or folder; or, if there is none, a name of the Hugging Face hub.
     """
@@ -374,9 +379,8 @@ def read(path, tokenizer=None):
     if os.path.isdir(path):
         model = read_hf(path)
     else:
+        check_file(path)
         try:
-            if not os.path.isfile(path):
-                fail(f"{path}: {'no regular' if os.path.exists(path) else 'no such'} file")
             with open(path, "rb") as file:
                 start = file.read(9)
         except OSError as error:
@@ -392,7 +396,7 @@ def read(path, tokenizer=None):
             fail(f"{path}: {found}, expected a safetensors file, a llm.c checkpoint (magic "
                  f"{LLMC_MAGIC}), nanoGPT's ckpt.pt or a Hugging Face folder")
     if tokenizer:
-        model.tokenizer, model.left_out = read_tokenizer(tokenizer), ""
+        model.tokenizer, model.left_out = read_tokenizer(tokenizer, model.config.vocab_size), ""
     elif os.path.isfile(path):
         model.tokenizer = tokenizer_beside(path, model.config)
     V = model.config.vocab_size
@@ -404,7 +408,8 @@ def read(path, tokenizer=None):
     if model.left_out:
         model.notes.append(f"the tokenizer is left out: {model.left_out}")
     elif not model.tokenizer and V != 256:
-        model.notes.append("no tokenizer: name one with --tokenizer, or to the C program")
+        model.notes.append("no tokenizer: name one with --tokenizer, or to the C program (GPT-2's "
+                           "is what prepro_tinyshakespeare.py --gpt2 writes)")
     return model
 
 
@@ -425,8 +430,13 @@ def read_characters(path, content):
     return tokens, tokens.index(b"\n") if b"\n" in tokens else 0
 
 
-def read_tokenizer(path):
-    """llm.c's tokenizer file, or nanoGPT's meta.pkl -> tokens (list of bytes), id of end of text"""
+def read_tokenizer(path, V=None):
+    """llm.c's tokenizer file, nanoGPT's meta.pkl, or a Hugging Face folder for a model of V tokens
+    -> tokens (list of bytes), id of end of text"""
+    if os.path.isdir(path):
+        found, why = hf_tokenizer.read(Path(path), None, V)
+        return found or fail(f"{path}: {why or 'no tokenizer.json, nor vocab.json and merges.txt'}")
+    check_file(path)
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -460,10 +470,11 @@ def tokenizer_beside(path, config):
 # ---- MHA, GQA and MQA into MLA (the writeup's section 12) ---------------------------------------
 
 @torch.no_grad()
-def moments_on(model, path, tokens=65536):
+def moments_on(model, path, tokens=65536, show=say):
     """What attention reads, on the first tokens of a file: per layer the mean (C) and covariance
     (C, C) of ln_1's output, in float64."""
     V = model.config.vocab_size
+    check_file(path)
     try:
         data, is_text = read_tokens(path)
     except (OSError, ValueError) as error:
@@ -474,6 +485,7 @@ def moments_on(model, path, tokens=65536):
     largest = data.max(initial=0)
     if len(data) < 2 or largest >= V:
         fail(f"{path}: {len(data)} tokens up to {largest}, expected two or more, all below {V}")
+    show(f"{path}: seen through the model, which takes a while")
     with torch.device("meta"):  # no numbers yet: those of the model take this place
         gpt, C = GPT(model.config).eval(), model.config.n_embd
     gpt.load_state_dict({name: tensor() for name, tensor in model.tensors.items()}, assign=True)
@@ -486,6 +498,8 @@ def moments_on(model, path, tokens=65536):
         block.attn.register_forward_pre_hook(add)
     for x, _ in windows(data, 2, model.config.block_size):
         gpt.hidden(x)
+    if not all(torch.isfinite(xx).all() for _, xx in sums):
+        fail(f"{path}: what attention reads on it is not finite, expected finite numbers")
     n = len(data) - 1
     return [(s / n, xx / n - torch.outer(s / n, s / n)) for s, xx in sums]
 
@@ -555,9 +569,7 @@ def to_mla(path, model, rank, data=None, show=say):
         fail(f"{path}: --kv-rank {rank}, expected 1 to {most}, at which nothing is lost")
     config = Config("mla", "learned", c.n_layer, c.n_head, c.n_kv_head, c.n_embd, c.block_size,
                     c.vocab_size, q_rank=0, kv_rank=rank, latent_norm="none")
-    if data:
-        show(f"{data}: seen through the model, which takes a while")
-    moments = moments_on(model, data) if data else [None] * c.n_layer
+    moments = moments_on(model, data, show=show) if data else [None] * c.n_layer
 
     @functools.lru_cache(1)  # a layer's tensors are asked for one after the other
     def layer(l):
@@ -592,11 +604,11 @@ def bytes_of(path, name, tensor, dtype):
 
 def write_safetensors(file, path, metadata, tensors, dtype):
     """tensors: {name: (shape, function)}, written in this order, one in memory at a time."""
+    names = {of: name.upper() for name, of in DTYPES.items()}
     header, at = {"__metadata__": metadata}, 0
     for name, (shape, _) in tensors.items():
         end = at + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape,
-                        "data_offsets": [at, end]}
+        header[name] = {"dtype": names[dtype], "shape": shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -675,17 +687,21 @@ def write_hf(model, path, dtype):
 
 def convert(src, dst, dtype="f32", rank=None, data=None, tokenizer=None):
     """All that the command line does; rank: --to mla. Refusals are SystemExit with one line."""
+    beside = os.path.splitext(os.fspath(dst).rstrip("/"))[0] + "_tokenizer.bin"
     dst = place(dst)
-    kind = os.path.splitext(dst)[1]
+    kind = os.path.splitext(dst)[1].lower()
     if kind in (".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".npz", ".h5"):
         fail(f"{dst}: cannot write {kind}, expected X.safetensors, X.bin or a folder")
     if kind == ".safetensors" and dtype != "f32":
         fail(f"{dst}: --dtype {dtype}, but this program's checkpoints are F32 only")
     if kind == ".bin" and dtype == "f16":
         fail(f"{dst}: --dtype f16, llm.c's checkpoints are f32 or bf16")
-    beside = os.path.splitext(dst)[0] + "_tokenizer.bin"
+    if rank is not None and kind != ".safetensors":
+        fail(f"{dst}: --to mla, expected X.safetensors: no other format here has mla (from that "
+             "dev/export_hf.py makes a folder)")
     if kind == ".safetensors":
         check_replaceable(dst, "checkpoint of this program", OURS, 8)
+        check_unlocked(dst)
     elif kind == ".bin":
         check_replaceable(dst, "llm.c checkpoint", LLMC_MAGIC.to_bytes(4, "little"))
     else:
@@ -698,24 +714,30 @@ def convert(src, dst, dtype="f32", rank=None, data=None, tokenizer=None):
     if kind != ".safetensors" and (c.attention, c.position) != ("mha", "learned"):
         fail(f"{src}: the model is {c.attention} with position {c.position}, expected mha with "
              f"position learned for {dst} (all kinds: dev/export_hf.py)")
-    writes_tokenizer = kind in (".safetensors", ".bin") and model.tokenizer
+    is_file = kind in (".safetensors", ".bin")
     with contextlib.ExitStack() as both:  # files bear their names, or neither does
-        if writes_tokenizer:
+        if is_file and model.tokenizer:
+            beside = place(beside)
             check_replaceable(beside, "tokenizer", TOKENIZER_MAGIC.to_bytes(4, "little"))
             content = tokenizer_file(*model.tokenizer)
             if not os.path.exists(beside) or Path(beside).read_bytes() != content:
-                both.enter_context(replacing(beside)).write(content)
+                file = both.enter_context(replacing(beside))
+                file.write(content)
+                file.flush()  # before the model bears its name, since a disk may be full
         if kind == ".safetensors":
             write_ours(model, dst)
         elif kind == ".bin":
             write_llmc(model, dst, DTYPES[dtype])
         else:
             write_hf(model, dst, DTYPES[dtype])
-    if writes_tokenizer:
+    if is_file and model.tokenizer:
         say(f"{beside}: its tokenizer, {len(model.tokenizer[0])} tokens")
+    elif is_file and os.path.exists(beside):
+        model.notes.append(f"{beside} was there before, and will be taken for this model's: remove "
+                           "it if it is not")
     for note in model.notes:
         say(f"note: {note}")
-    say(f"{dst}: written")
+    say(f"{dst}: written{', a folder' * (not is_file)}")
 
 
 def main():
@@ -729,7 +751,7 @@ def main():
     p.add_argument("--dtype", choices=list(DTYPES), default="f32",
                    help="of what is written; this program's checkpoints are f32 (f32)")
     p.add_argument("--tokenizer", metavar="FILE",
-                   help="the model's: llm.c's format, or nanoGPT's meta.pkl")
+                   help="the model's: llm.c's format, nanoGPT's meta.pkl, or a folder")
     args = p.parse_args()
     if (args.to is None) != (args.kv_rank is None) or (args.data and not args.to):
         p.error("--to mla, --kv-rank R: expected both or neither; --data FILE only with them")

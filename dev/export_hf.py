@@ -16,11 +16,14 @@ a GPT-2 that transformers know by themselves is better written by that.
 """
 
 import argparse
+import signal
 from dataclasses import asdict
 
-from convert import ROOT, read, write_folder
-from prepro_tinyshakespeare import Parser, say
-from whole_files import check_folder, place, run_command
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in convert.py
+from convert import ROOT, read, write_folder  # noqa: E402
+from prepro_tinyshakespeare import Parser, say  # noqa: E402
+from whole_files import check_folder, place, run_command  # noqa: E402
 
 MODULE = "modeling_train_gpt2_mla"
 COMMAND_LINE = "# " + "-" * 76 + "\n# Command line\n"
@@ -60,7 +63,7 @@ def main():
     p.add_argument("src", metavar="SRC", help="checkpoint")
     p.add_argument("folder", metavar="FOLDER")
     p.add_argument("--tokenizer", metavar="FILE",
-                   help="the model's: llm.c's format, or nanoGPT's meta.pkl")
+                   help="the model's: llm.c's format, nanoGPT's meta.pkl, or a folder")
     args = p.parse_args()
     export(args.src, args.folder, args.tokenizer)
 

@@ -75,7 +75,7 @@ def tokens_of(vocabulary, merges, added, eos, V):
             raise ValueError(f"token {i}, {text!r}, is beyond the model's {V}")
         if i != eot and text in added:
             raise ValueError(f"it has an added token that is no end of text, {text!r}")
-        if text in added or text == END_OF_TEXT:
+        if text in added:
             by_id[i] = text.encode()
         elif all(letter in byte_of for letter in text):
             by_id[i] = bytes(byte_of[letter] for letter in text)

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and refusals, for convert.py and export_hf.py.
+"""Files and folders that appear whole or not at all, for convert.py and export_hf.py.
 
 What stands there is replaced only if it is of the kind that is written, and is kept as X.old.
 """
@@ -12,12 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from prepro_tinyshakespeare import one_line, say
-
-
-def fail(message):
-    """Ends the program: one line, exit status 1."""
-    raise SystemExit(f"error: {message}")
+from prepro_tinyshakespeare import fail, one_line, say
 
 
 def read_json(path):
@@ -36,27 +31,24 @@ def write_json(path, content):
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def check_file(path):
+    """Refuses what cannot be read as a file: a pipe would be waited for."""
+    if not os.path.isfile(path):
+        fail(f"{path}: {'no regular' if os.path.exists(path) else 'no such'} file")
+
+
 def place(path):
     """Where a file or folder of this name really goes: links stay, and are followed."""
+    if not os.fspath(path):
+        fail("an empty name, expected that of a file or folder to write")
     path = os.fspath(path).rstrip("/") or "/"
+    if os.path.islink(path) and not os.path.exists(path):
+        fail(f"{path}: a link that leads to no file")
     return os.path.realpath(path) if os.path.islink(path) else path
 
 
-def check_replaceable(path, kind, starts, at=0):
-    """Refuses a file that is there but is not of that kind (bytes `starts` at `at`), cannot be
-    written, or is being written by a run of the C program, which locks path.lock."""
-    if not os.path.exists(path):
-        if os.path.islink(path):
-            fail(f"{path}: a link that leads to no file")
-        return
-    if not os.path.isfile(path):
-        fail(f"{path}: exists and is no regular file; will not replace it")
-    if not os.access(path, os.W_OK) or not os.stat(path).st_mode & 0o222:
-        fail(f"{path}: exists and is read-only; will not replace it")
-    with open(path, "rb") as file:
-        file.seek(at)
-        if os.path.getsize(path) and file.read(len(starts)) != starts:
-            fail(f"{path}: exists and is no {kind}; will not replace it")
+def check_unlocked(path):
+    """Refuses a checkpoint that a run of the C program is writing, which locks path.lock."""
     with contextlib.suppress(FileNotFoundError), open(path + ".lock", "r+b") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,6 +63,8 @@ def check_folder(path, model_type):
     if not os.path.isdir(path):
         fail(f"{path}: exists and is no folder; will not replace it (expected X.safetensors, X.bin "
              "or a folder)")
+    if os.path.ismount(path):
+        fail(f"{path}: a mount point, which cannot be replaced; name a folder in it")
     if os.listdir(path):
         config = os.path.join(path, "config.json")
         found = read_json(config).get("model_type") if os.path.exists(config) else "missing"
@@ -120,13 +114,11 @@ def replacing(path, folder=False):
 
 def run_command(main):
     """main(), with one line where memory does not suffice, and no half file after any signal."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup's is to be ignored, and stays so
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's is to be ignored, and stays so
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit(130)
     except (MemoryError, OSError, RuntimeError) as error:  # NumPy's, a mapping's, PyTorch's
         if "memory" not in repr(error).lower():
             raise

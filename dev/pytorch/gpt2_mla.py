@@ -23,6 +23,7 @@ Letters in the shape comments:
 import argparse
 import json
 import math
+import os
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, fields
@@ -492,12 +493,17 @@ def read_tokens(path):
     if len(header) < 3 or header[0] != 20240520:
         tokens = np.fromfile(path, np.uint8)
         if not tokens.all():
-            raise SystemExit(f"{path}: neither tokens (expected 20240520 at the start) nor text "
-                             "(it has zero bytes)")
+            raise ValueError("neither tokens (expected 20240520 at the start) nor text (it has "
+                             "zero bytes)")
         return tokens, True
-    if header[1] != 1:
-        raise SystemExit(f"{path}: version {header[1]} of the token format, expected 1")
-    return np.memmap(path, "<u2", mode="r", offset=1024, shape=(int(header[2]),)), False
+    version, count = map(int, header[1:3])
+    if version != 1:
+        raise ValueError(f"version {version} of the token format, expected 1")
+    size = os.path.getsize(path)
+    if count < 0 or size != 1024 + 2 * count:
+        raise ValueError(f"{size} bytes, expected a header of 1024, and 2 for each of its {count} "
+                         "tokens")
+    return np.memmap(path, "<u2", mode="r", offset=1024, shape=(count,)), False
 
 
 def inputs_and_targets(tokens, begin, rows, T):
@@ -546,7 +552,11 @@ def load_model(args, dropout=0.0):
 
 def load_tokens(args, model, path):
     """Tokens and whether they are bytes, with what can be wrong said early."""
-    c, (tokens, is_bytes) = model.config, read_tokens(path)
+    c = model.config
+    try:
+        tokens, is_bytes = read_tokens(path)
+    except ValueError as error:
+        raise SystemExit(f"{path}: {error}") from None
     args.seq_len = args.seq_len or c.block_size
     if c.position == "learned" and args.seq_len > c.block_size:
         raise SystemExit(f"--seq-len {args.seq_len}: "

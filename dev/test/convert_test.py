@@ -226,6 +226,24 @@ def test_hf(folder):
 
     variant("shards", shards)
 
+    def renamed(f):  # the other names are believed, even beside GPT-2's own
+        save_file(state, f / "model.safetensors")
+        c = json.loads(config)
+        (f / "config.json").write_text(json.dumps(c | {
+            "num_attention_heads": c["n_head"], "hidden_size": c["n_embd"], "num_hidden_layers":
+            c["n_layer"], "max_position_embeddings": c.pop("n_positions"), "n_head": 2, "n_embd": 7,
+            "n_layer": 1, "activation_function": "gelu_pytorch_tanh"}))
+        assert GPT2Config.from_pretrained(f).n_head == 4
+
+    variant("renamed", renamed)
+    (folder / "default").mkdir()  # what is absent is GPT-2's
+    (folder / "default/config.json").write_text('{"model_type": "gpt2"}')
+    w = GPT2LMHeadModel(GPT2Config()).state_dict()
+    del w["lm_head.weight"]
+    save_file(w, folder / "default/model.safetensors")
+    c = convert.read(folder / "default").config
+    assert (c.n_layer, c.n_head, c.n_embd, c.block_size, c.vocab_size) == (12, 12, 768, 1024, 50257)
+
 
 def test_nanogpt(folder):
     """With and without biases, compiled or not; and what the note about GELU is about."""
@@ -386,8 +404,9 @@ def test_mla_data(folder):
         assert (before - after).abs().max() < 1e-9
 
 
-def test_mla_no_biases(folder):
-    """Without a bias of queries ln_1 stays as it is, even where its weight holds a zero."""
+def test_mla_query_bias(folder):
+    """It finds its place whatever ln_1's weight holds: little, a zero, two. Without such a bias
+    ln_1 stays as it is."""
     w, path = load_file(folder / "nanoFalse.safetensors"), folder / "z.safetensors"
     w["h.0.ln_1.weight"][3] = 0
     config = GPT.from_checkpoint(folder / "nanoFalse.safetensors").config
@@ -396,10 +415,13 @@ def test_mla_no_biases(folder):
     assert distance(ours(path), ours(folder / "z_mla.safetensors")) < 1e-4
     assert torch.equal(load_file(folder / "z_mla.safetensors")["h.0.ln_1.bias"],
                        w["h.0.ln_1.bias"])
-    w["h.0.attn.c_attn.bias"][5] = 1
-    save_file(w, path, config.to_metadata())
-    refused([path, folder / "no.safetensors", "--to", "mla", "--kv-rank", 32],
-            "h.0.ln_1.weight holds a 0", folder)
+    w, path = load_file(folder / "h0.safetensors"), folder / "small.safetensors"
+    for at, value in ((3, 1e-3), (3, 1e-6), (3, 1e-30), (3, 0), (7, 0)):
+        w["h.0.ln_1.weight"][at] = value
+        save_file(w, path, ours(folder / "h0.safetensors").config.to_metadata())
+        converted(path, folder / "small_mla.safetensors", "--to", "mla", "--kv-rank", 48)
+        off = distance(ours(path), ours(folder / "small_mla.safetensors"))
+        assert off < 1e-5, (value, off)
 
 
 # ---- Tokenizers ---------------------------------------------------------------------------------
@@ -466,6 +488,13 @@ def test_tokenizers(folder, gpt2):
     (folder / "odd.bin").write_bytes(prepro.tokenizer_file(tokens[:-1] + [b"\xff\xff"], 399))
     converted(folder / "bpe.safetensors", folder / "odd.d", "--tokenizer", folder / "odd.bin")
     assert AutoTokenizer.from_pretrained(folder / "odd.d").eos_token_id == 399
+    (folder / "bpe.d/tokenizer.json").write_text(json.dumps(whole))
+    (folder / "bpe6_tokenizer.bin").write_bytes(prepro.tokenizer_file(tokens, 0))
+    out = converted(folder / "bpe0", folder / "bpe6.safetensors")
+    assert "bpe6_tokenizer.bin was there before" in out and "--gpt2" in out, out
+    converted(folder / "bpe0", folder / "bpe7.safetensors", "--tokenizer", folder / "bpe.d")
+    assert (folder / "bpe7_tokenizer.bin").read_bytes() == \
+        (folder / "bpe_tokenizer.bin").read_bytes()
     # As transformers' own GPT-2 has it on the hub: vocab.json and merges.txt.
     os.remove(folder / "bpe.d/tokenizer.json")
     (folder / "bpe.d/vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
@@ -522,12 +551,21 @@ def test_refusals(top):
     refused([rope, folder / "x"], "dev/export_hf.py", folder)
     refused([mha, dst, "--dtype", "bf16"], "F32 only", folder)
     refused([mha, folder / "x.bin", "--dtype", "f16"], "f32 or bf16", folder)
-    refused([mha, folder / "x.pt"], "cannot write .pt", folder)
+    refused([mha, folder / "x.PT"], "cannot write .pt", folder)
+    refused([mha, folder / "x.bin", "--to", "mla", "--kv-rank", 4], "expected X.safetensors",
+            folder)
+    refused([mha, ""], "an empty name", folder)
+    refused([mha, "/"], "/: a mount point", folder)
     refused([folder / "nothing.bin", dst], "no such file", folder)
     refused([mha, folder / "no/dst.safetensors"], "cannot write: No such file", folder)
     refused([mha, dst, "--kv-rank", 3], "expected both or neither", folder, 2)
     refused([mha, dst, "--dtype", "int8"], "--dtype", folder, 2)
-    for data, line in [(None, "No such file"), (b"a", "1 tokens up to 97, expected two or more"),
+    header = lambda n, version=1: struct.pack("<256i", 20240520, version, n, *[0] * 253)
+    for data, line in [(None, "no such file"), (header(2, 2), "error: "), (b"a\0", "error: "),
+                       (header(2) + bytes(60), "1084 bytes, expected a header of 1024, and 2 for "
+                        "each of its 2 tokens"), (header(2) + bytes(3), "1027 bytes"),
+                       (header(-512), "its -512 tokens"), (header(2)[:40], "40 bytes"),
+                       (b"a", "1 tokens up to 97, expected two or more"),
                        (prepro.token_file([[7, 300]]), "2 tokens up to 300, expected two or more, "
                         "all below 256")]:
         if data:
@@ -540,21 +578,34 @@ def test_refusals(top):
     for _ in range(2):  # what a link leads to is replaced, not the link
         converted(mha, f"{folder}/link/")
         assert (folder / "link").is_symlink() and (folder / "real/model.safetensors").exists()
+    (folder / "away.bin").symlink_to("nowhere")
+    refused([mha, folder / "away.bin"], "a link that leads to no file", folder)
+    assert "x.d: written, a folder" in converted(mha, folder / "x.d")
     (folder / "t.bin").write_bytes(prepro.tokenizer_file([b"a"] * 257, 0))
     refused([mha, dst, "--tokenizer", folder / "t.bin"], "257 tokens, the model's vocab", folder)
     refused([mha, dst, "--tokenizer", mha], "expected a tokenizer", folder)
     for bad in ({"itos": Evil()}, {"stoi": {}}, {"itos": {1: "a"}}, {"itos": [1]}, 3):
         (folder / "t.bin").write_bytes(pickle.dumps(bad))
         refused([mha, dst, "--tokenizer", folder / "t.bin"], "not nanoGPT's meta.pkl", folder)
+    os.mkfifo(folder / "pipe")
+    refused([folder / "pipe", dst], "no regular file", folder)
+    refused([mha, dst, "--tokenizer", folder / "pipe"], "no regular file", folder)
+    refused([mha, dst, "--to", "mla", "--kv-rank", 4, "--data", folder / "pipe"],
+            "no regular file", folder)
+    refused([mha, folder / "pipe.bin", "--tokenizer", top], "no tokenizer.json", folder)
     (folder / "t.bin").write_bytes(pickle.dumps({"itos": {0: "a"}})[:-2])
     refused([mha, dst, "--tokenizer", folder / "t.bin"], "not nanoGPT's meta.pkl", folder)
 
     # What is not of the kind is never replaced; what is, is kept.
     for there, target in ((b"a thesis", dst), (b"a thesis", folder / "x.bin"),
-                          (b"a thesis", folder / "x"), (b"PK\3\4", dst)):
+                          (b"a thesis", folder / "x.BIN"), (b"a thesis", folder / "x"),
+                          (b"PK\3\4", dst)):
         target.write_bytes(there)
         refused([mha, target], "will not replace it", folder)
         target.unlink()
+    (folder / "dst_tokenizer.bin").write_bytes(b"a thesis")
+    refused([top / "bpe.safetensors", dst], "dst_tokenizer.bin: exists and is no tokenizer", folder)
+    (folder / "dst_tokenizer.bin").unlink()
     (folder / "x").mkdir()
     (folder / "x/thesis").write_text("a")
     refused([mha, folder / "x"], "will not replace it", folder)
@@ -625,6 +676,10 @@ def test_hostile_files(top):
     w["h.1.ln_1.weight"][3] = 1e-41  # whose reciprocal float32 does not hold
     save_file(w, src, ours(top / "mha.safetensors").config.to_metadata())
     refused([src, dst, "--to", "mla", "--kv-rank", 32], "too large for torch.float32", folder)
+    for name in w:
+        w[name] = w[name] * 1e25
+    save_file(w, src, ours(top / "mha.safetensors").config.to_metadata())
+    refused([src, dst, "--to", "mla", "--kv-rank", 8, "--data", TEXT], "is not finite", folder)
     nan[-4:] = struct.pack("<f", 1e6)
     src.write_bytes(nan)
     refused([src, folder / "new", "--dtype", "f16"], "holds 1e+06, too large for", folder)
@@ -658,7 +713,10 @@ def test_hostile_files(top):
             ("n_layer", 1 << 24, "layers"), ("n_embd", "48", "n_embd is '48'"),
             ("n_embd", 1e9, "n_embd is"), ("n_head", 5, "not a multiple"), ("n_head", 0, "n_head"),
             ("vocab_size", 1 << 24, "has shape"), ("n_positions", -1, "expected a whole number"),
-            ("activation_function", "relu", "activation_function is 'relu'"),
+            ("activation_function", "gelu", "activation_function is 'gelu', expected 'gelu_"),
+            ("scale_attn_weights", False, "scale_attn_weights is False, expected True"),
+            ("add_cross_attention", True, "add_cross_attention is True, expected False"),
+            ("num_attention_heads", 5, "not a multiple"),
             ("n_inner", 7, "n_inner is 7, expected 192"),
             ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by"),
             ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon is 1e-06, expected 1e-05"),
@@ -678,6 +736,7 @@ def test_hostile_files(top):
             ("transformer.wpe.weight", torch.ones(64, 48, dtype=torch.int8), "has dtype int8"),
             ("transformer.h.1.mlp.c_fc.weight", torch.ones(192, 48), "has shape (48, 192)"),
             ("transformer.extra", torch.ones(2), "tensor extra has no place"),
+            ("bad\nname\x1b[2J", torch.ones(2), r"tensor bad\nname\x1b[2J has no place"),
             ("lm_head.weight", torch.ones(199, 48), "lm_head.weight is not equal"),
             ("ln_f.bias", torch.ones(48), "both ln_f.bias and transformer.ln_f.bias"),
             ("transformer.wte.weight", None, "has no tensor wte.weight")]:
@@ -697,6 +756,8 @@ def test_hostile_files(top):
 
     plain = torch.load(top / "ckpt.pt", weights_only=True)
     wide = torch.ones(1).expand(65, 32)
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    eight = plain["model"]["transformer.wte.weight"].to(torch.float8_e4m3fn)
     for what, line in [
             (plain | {"model_args": Evil()}, "holds more than tensors and plain values"),
             (plain | {"config": Evil()}, "holds more than tensors"),
@@ -706,6 +767,11 @@ def test_hostile_files(top):
             (plain | {"model": plain["model"] | {"transformer.wte.weight": wide.to("meta")}},
              "expected a plain tensor"),
             (plain | {"model": plain["model"] | {3: torch.ones(1)}}, "expected a plain tensor"),
+            (plain | {"model": plain["model"] | {"x": nested}}, "expected a plain tensor"),
+            (plain | {"model": plain["model"] | {"transformer.ln_f.bias": torch.ones(7)}},
+             "ln_f.bias has shape (7,), expected (32,)"),
+            (plain | {"model": plain["model"] | {"lm_head.weight": eight}},
+             "lm_head.weight has dtype float8_e4m3fn"),
             (plain | {"model_args": plain["model_args"] | {"n_layer": 1 << 24}}, "layers"),
             (plain | {"model_args": plain["model_args"] | {"n_embd": 1 << 24}}, "has shape"),
             (plain | {"model_args": {}}, "n_layer is None")]:
@@ -737,7 +803,7 @@ def forked(top, *arguments, output=lambda: os.open(os.devnull, os.O_WRONLY), lim
     and PyTorch start. output: makes its standard output; limits: {of resource: value}."""
     def begin():
         torch.set_num_threads(1)  # others do not outlive a fork
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         os.dup2(output(), 1)
         os.dup2(os.open(top / "machine.err", os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), 2)
@@ -787,7 +853,21 @@ def test_machine(top):
         status, err = ended(forked(top, *large, limits={resource.RLIMIT_AS: held + (1 << 30)}))
         assert (status, err.count("\n"), new()) == (1, 1, set()), (status, err)
         assert "not enough memory" in err
-    for number in (signal.SIGTERM, signal.SIGHUP):
+        for tool in ("convert.py", "export_hf.py"):  # Ctrl-C while they import
+            starting = subprocess.Popen([sys.executable, ROOT / "dev" / tool, "--help"],
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            while "numpy" not in Path(f"/proc/{starting.pid}/maps").read_text():
+                time.sleep(0.01)
+            starting.send_signal(signal.SIGINT)
+            said = starting.communicate()[1]
+            assert (said, starting.returncode) == (b"", -signal.SIGINT), said
+    odd = os.fsencode(folder / "\xe4") + b"\xff.bin"  # no UTF-8, and not to be shown in ASCII
+    ran = subprocess.run([sys.executable, ROOT / "dev/convert.py", top / "bpe.safetensors", odd],
+                         env=os.environ | {"PYTHONIOENCODING": "ascii:strict"}, capture_output=True)
+    assert ran.returncode == 0 and rb"\xe4\udcff.bin: written" in ran.stdout, ran.stderr
+    for path in folder.iterdir():
+        path.unlink()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         running = forked(top, *large)
         while not list(folder.glob("*.part")) and running.is_alive():
             time.sleep(0.01)
@@ -844,7 +924,7 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tests = dict.fromkeys([test_llmc, test_hf, test_nanogpt, test_hub, test_mla_exact,
-                               test_mla_rank, test_mla_data, test_mla_no_biases, test_tokenizers,
+                               test_mla_rank, test_mla_data, test_mla_query_bias, test_tokenizers,
                                test_refusals, test_hostile_files, test_machine], {})
         tests[test_tokenizers] = {"gpt2": args.gpt2_files}
         tests[test_memory] = dict(vocab_size=20000, n_positions=256, n_embd=384, n_layer=12,

@@ -78,7 +78,8 @@ def test_bytes(folder):
 
 
 def test_files(folder):
-    """Links and read-only files stay; a reader that ends does not end it; no progress in a pipe."""
+    """Links and read-only files stay, and what is no such file; a reader that ends does not end it;
+    no progress in a pipe."""
     text = Path(folder, "text")
     text.write_bytes(b"0123456789" * 10)
     val = Path(folder, "tinyshakespeare_val.bin")
@@ -94,6 +95,20 @@ def test_files(folder):
     run = subprocess.run(command, capture_output=True, text=True)
     expect(run.returncode == 1 and run.stderr.endswith("is read-only; will not replace it\n"),
            run.stderr)
+    val.unlink()
+    train = Path(folder, "tinyshakespeare_train.bin")
+    train.unlink()
+    for there, line in ((val.mkdir, "no regular file"), (lambda: val.write_text("precious"),
+                                                         "no file of this program")):
+        there()
+        run = subprocess.run(command, capture_output=True, text=True)
+        expect(run.returncode == 1 and run.stderr.count("\n") == 1 and line in run.stderr and
+               not train.exists(), run.stderr)
+        val.rmdir() if val.is_dir() else val.unlink()
+    odd = os.fsencode(text) + b"\xff\n"
+    Path(os.fsdecode(odd)).write_bytes(b"a" * 99)
+    run = subprocess.run([*PREPRO, "--out-dir", folder, "--input", odd], capture_output=True)
+    expect(run.returncode == 0 and rb"text\udcff\n is not" in run.stdout, run.stderr)
     run = subprocess.run([*command, "--input", text], capture_output=True, text=True)
     expect(run.returncode == 1 and run.stderr.endswith("text: given twice\n"), run.stderr)
     val.unlink()
