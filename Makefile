@@ -74,22 +74,25 @@ shakespeare:
 	python3 prepro_tinyshakespeare.py
 
 # Without a network: make finetune GPT2=FOLDER GPT2_DATA="--input TEXT --gpt2-files OTHER"; OTHER
-# has GPT-2's own vocab.bpe and encoder.json. KV_RANK: the latent's; TUNING: options of its training
+# has GPT-2's own vocab.bpe and encoder.json. KV_RANK: the latent's, at most GPT2's channels; TUNING:
+# options of its training. Models of a run before are kept as .old. The new one for transformers:
+# python3 dev/export_hf.py data/gpt2/tuned.safetensors FOLDER
 GPT2      ?= openai-community/gpt2
 GPT2_DATA ?= --gpt2
 KV_RANK   ?= 384
 TUNING    ?= --steps 300
 finetune: train_gpt2_mla
 	python3 prepro_tinyshakespeare.py $(GPT2_DATA) --out-dir data/gpt2
-	python3 dev/convert.py $(GPT2) data/gpt2/mla.safetensors --to mla --kv-rank $(KV_RANK) \
+	python3 dev/convert.py "$(GPT2)" data/gpt2/mla.safetensors --to mla --kv-rank $(KV_RANK) \
 	    --data data/gpt2/tinyshakespeare_train.bin
 	./train_gpt2_mla --load data/gpt2/mla.safetensors \
 	    --train-data data/gpt2/tinyshakespeare_train.bin \
 	    --val-data data/gpt2/tinyshakespeare_val.bin --val-every 100 --val-batches 20 \
 	    --sample-every 100 --learning-rate 5e-5 --batch-size 4 --seq-len 64 $(TUNING) \
 	    --save data/gpt2/tuned.safetensors
+	cp data/gpt2/tinyshakespeare_tokenizer.bin data/gpt2/tuned_tokenizer.bin
 	./train_gpt2_mla --load data/gpt2/tuned.safetensors --generate 200 --prompt "ROMEO:" \
-	    --tokenizer data/gpt2/tinyshakespeare_tokenizer.bin
+	    --tokenizer data/gpt2/tuned_tokenizer.bin
 
 page:
 	python3 dev/page.py
