@@ -378,15 +378,23 @@ def test_mla_data(folder):
     that (31a) allows, and exact at the mean, whatever the rank."""
     model = convert.read(folder / "mha.safetensors")
     gpt, n = ours(folder / "mha.safetensors"), 96
-    mean, covariance = convert.moments_on(model, TEXT, n)[0]
+    print_nothing = lambda line: None
+    mean, covariance = convert.moments_on(model, TEXT, n, show=print_nothing)[0]
     ids = torch.tensor(list(TEXT.read_bytes()[:n])).view(2, 48)
     with torch.no_grad():
         x = gpt.h[0].ln_1(gpt.wte(ids) + gpt.wpe.weight).flatten(0, 1).double().numpy()  # (n, C)
     assert np.abs(mean.numpy() - x.mean(0)).max() < 1e-5
     assert np.abs(covariance.numpy() - np.cov(x.T, bias=True)).max() < 1e-5
     draw, C = np.random.default_rng(1), 32
-    mean, root = torch.tensor(draw.normal(size=C)), draw.normal(size=(C, C)) ** 3
+    (folder / "long").write_bytes(draw.integers(1, 256, 70000).astype(np.uint8))
+    whole, default = (convert.moments_on(model, folder / "long", *n, show=print_nothing)[1][1]
+                      for n in ((65536,), ()))
+    assert torch.equal(whole, default)
     w = {name: t().double() for name, t in model.tensors.items()}
+    nothing = {name: torch.zeros_like(t) for name, t in w.items()}  # a layer that reads no x
+    new, _ = convert.layer_to_mla(model.config, lambda name: nothing[f"h.1.{name}"], 8)
+    assert all(t.isfinite().all() for t in new.values())
+    mean, root = torch.tensor(draw.normal(size=C)), draw.normal(size=(C, C)) ** 3
     old = lambda name: w[f"h.1.{name}"]
     W, b_V = old("attn.c_attn.weight")[C:], old("attn.c_attn.bias")[2 * C:]      # (2C, C), (C)
     for rank in (1, 8, 20):
@@ -495,6 +503,9 @@ def test_tokenizers(folder, gpt2):
     converted(folder / "bpe0", folder / "bpe7.safetensors", "--tokenizer", folder / "bpe.d")
     assert (folder / "bpe7_tokenizer.bin").read_bytes() == \
         (folder / "bpe_tokenizer.bin").read_bytes()
+    default = {k: v for k, v in whole["pre_tokenizer"].items() if k != "use_regex"}
+    (folder / "bpe.d/tokenizer.json").write_text(json.dumps(whole | {"pre_tokenizer": default}))
+    assert "left out" not in converted(folder / "bpe.d", folder / "bpe8.safetensors")
     # As transformers' own GPT-2 has it on the hub: vocab.json and merges.txt.
     os.remove(folder / "bpe.d/tokenizer.json")
     (folder / "bpe.d/vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
@@ -503,6 +514,12 @@ def test_tokenizers(folder, gpt2):
     converted(folder / "bpe.d", folder / "bpe3.safetensors")
     assert (folder / "bpe3_tokenizer.bin").read_bytes() == \
         (folder / "bpe_tokenizer.bin").read_bytes()
+    (folder / "sharp").mkdir()  # a merge that looks like a comment
+    sharp = [bytes([b]) for b in range(256)] + [b"##", b"<|endoftext|>"]
+    (folder / "sharp/vocab.json").write_text(json.dumps(
+        {hf_tokenizer.spelled(token): i for i, token in enumerate(sharp)}))
+    (folder / "sharp/merges.txt").write_text("#version: 0.2\n# #\n")
+    assert hf_tokenizer.read(folder / "sharp", None, 258) == ((sharp, 257), "")
     merges[3], merges[100] = merges[100], merges[3]
     (folder / "bpe.d/merges.txt").write_text("\n".join(merges))
     assert "not in the order" in converted(folder / "bpe.d", folder / "bpe4.safetensors")
@@ -817,6 +834,12 @@ def forked(top, *arguments, output=lambda: os.open(os.devnull, os.O_WRONLY), lim
     return process
 
 
+def test_make(folder):
+    """make finetune takes a folder whose name has a blank."""
+    said = subprocess.run(["make", "-n", "finetune", "GPT2=my hf"], cwd=ROOT, capture_output=True)
+    assert b'convert.py "my hf" data/' in said.stdout, said
+
+
 def test_machine(top):
     """An output that nobody reads, a full disk, a signal, too little memory."""
     folder = top / "machine"
@@ -925,7 +948,7 @@ def main():
         folder = Path(name)
         tests = dict.fromkeys([test_llmc, test_hf, test_nanogpt, test_hub, test_mla_exact,
                                test_mla_rank, test_mla_data, test_mla_query_bias, test_tokenizers,
-                               test_refusals, test_hostile_files, test_machine], {})
+                               test_refusals, test_hostile_files, test_make, test_machine], {})
         tests[test_tokenizers] = {"gpt2": args.gpt2_files}
         tests[test_memory] = dict(vocab_size=20000, n_positions=256, n_embd=384, n_layer=12,
                                   n_head=6)

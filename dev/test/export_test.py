@@ -17,6 +17,7 @@ MODULES = tempfile.TemporaryDirectory()  # where transformers copy a folder's Py
 os.environ["HF_MODULES_CACHE"] = MODULES.name
 
 import torch  # noqa: E402
+from torch.nn.functional import cross_entropy  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -110,7 +111,10 @@ def test_text(folder):
         two = model.generate(torch.cat([ids[:, :9], ids[:, 5:14]]), max_new_tokens=20,
                              do_sample=False)
         assert torch.equal(two[:1], ids[:, :29])
+        longer, limited = ids[:, :1].expand(1, 65), position == "learned"
+        model(longer[:, limited:])
         for line, call in [
+                *[("65 tokens, but this model has 64 learned", lambda: model(longer))] * limited,
                 ("no padding", lambda: model(ids, torch.arange(ids.shape[1])[None] > 0)),
                 ("StaticCache, expected", lambda: model.generate(
                     ids[:, :9], max_new_tokens=5, cache_implementation="static")),
@@ -127,7 +131,17 @@ def test_text(folder):
             else:
                 raise AssertionError(f"nothing was said of {line}")
         unused = dict(inputs_embeds=None, output_attentions=False, output_hidden_states=None)
-        assert torch.equal(model(ids, **unused, return_dict=False)[0], out.logits)
+        plain = model(ids, **unused, return_dict=False)
+        assert isinstance(plain, tuple) and torch.equal(plain[0], out.logits)
+        last = model(ids, logits_to_keep=2).logits
+        assert last.shape[1] == 2 and (last - out.logits[:, -2:]).abs().max() < 1e-5
+        counts = torch.arange(ids.shape[1]) % 3 > 0
+        loss = cross_entropy(out.logits[0, :-1][counts[1:]], ids[0, 1:][counts[1:]])
+        assert abs(model(ids, labels=ids.where(counts, -100)).loss - loss) < 1e-6
+        theirs = model.config
+        assert (theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads,
+                theirs.num_key_value_heads, theirs.max_position_embeddings) == \
+            (c.n_embd, c.n_layer, c.n_head, c.n_kv_head, c.block_size)
         assert not model.accepts_loss_kwargs  # else Trainer takes micro-batches' losses for shares
 
 
