@@ -340,7 +340,7 @@ def read_hf(folder):
     c |= {key: c[other] for key, other in HF_OTHER_NAMES.items() if other in c}
     C = c.get("n_embd", 768)
     for key, default, expected in [
-            ("activation_function", "gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
+            ("activation_function", "gelu_new", ("gelu_pytorch_tanh", "gelu_new")),
             ("layer_norm_epsilon", 1e-5, (1e-5,)), ("scale_attn_weights", True, (True,)),
             ("scale_attn_by_inverse_layer_idx", False, (False,)),
             ("add_cross_attention", False, (False,)), ("tie_word_embeddings", True, (True,)),
