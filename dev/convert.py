@@ -521,11 +521,11 @@ def layer_to_mla(config, w, rank, moments=None):
 
     old_shift = shift
     if b_Q.any():  # W_Q + b_Q u^T needs u with u @ x = 1 for every x that ln_1 gives
-        if scale.all():
+        still = scale == 0  # there x is ln_1's bias, whatever ln_1 reads
+        if still.any():
+            shift, u = torch.where(still, 1, shift), still.double() / still.sum()
+        else:  # x_i u_i is 1/C and a share in a sum of 0, however small a scale is
             shift, u = scale, 1 / (C * scale)
-        else:  # there x is ln_1's bias, whatever ln_1 reads
-            still = scale == 0
-            shift, u = torch.where(still, 1, shift), still / still.sum()
         W_Q = W_Q + torch.outer(b_Q - W_Q @ (shift - old_shift), u)              # (C, C)
 
     W = torch.cat([W_K, W_V])                                                    # (2 shared, C)
