@@ -334,7 +334,7 @@ def tokenizer_file(tokens, eot):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print the usage, several lines, as well
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {visible(message)}; see --help\n")
 
 
 def parse_arguments():

@@ -577,6 +577,7 @@ def test_refusals(top):
     refused([mha, folder / "no/dst.safetensors"], "cannot write: No such file", folder)
     refused([mha, dst, "--kv-rank", 3], "expected both or neither", folder, 2)
     refused([mha, dst, "--dtype", "int8"], "--dtype", folder, 2)
+    refused([mha, dst, "--od\nd"], r"--od\nd", folder, 2)
     header = lambda n, version=1: struct.pack("<256i", 20240520, version, n, *[0] * 253)
     for data, line in [(None, "no such file"), (header(2, 2), "error: "), (b"a\0", "error: "),
                        (header(2) + bytes(60), "1084 bytes, expected a header of 1024, and 2 for "
@@ -876,8 +877,10 @@ def test_machine(top):
         assert (status, err.count("\n"), new()) == (1, 1, set()), (status, err)
         assert "not enough memory" in err
         for tool in ("convert.py", "export_hf.py"):  # Ctrl-C while they import
-            starting = subprocess.Popen([sys.executable, ROOT / "dev" / tool, "--help"],
-                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            starting = subprocess.Popen(
+                [sys.executable, ROOT / "dev" / tool, "--help"], stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,  # in the background this test's own is to be ignored
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
             while "numpy" not in Path(f"/proc/{starting.pid}/maps").read_text():
                 time.sleep(0.01)
             starting.send_signal(signal.SIGINT)
