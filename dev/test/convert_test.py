@@ -582,7 +582,7 @@ def test_refusals(top):
     for data, line in [(None, "no such file"), (header(2, 2), "error: "), (b"a\0", "error: "),
                        (header(2) + bytes(60), "1084 bytes, expected a header of 1024, and 2 for "
                         "each of its 2 tokens"), (header(2) + bytes(3), "1027 bytes"),
-                       (header(-512), "its -512 tokens"), (header(2)[:40], "40 bytes"),
+                       (header(-506)[:12], "its -506 tokens"), (header(2)[:40], "40 bytes"),
                        (b"a", "1 tokens up to 97, expected two or more"),
                        (prepro.token_file([[7, 300]]), "2 tokens up to 300, expected two or more, "
                         "all below 256")]:
