@@ -74,9 +74,9 @@ shakespeare:
 	python3 prepro_tinyshakespeare.py
 
 # Without a network: make finetune GPT2=FOLDER GPT2_DATA="--input TEXT --gpt2-files OTHER"; OTHER
-# has GPT-2's own vocab.bpe and encoder.json. KV_RANK: the latent's, at most GPT2's channels; TUNING:
-# options of its training. Models of a run before are kept as .old. The new one for transformers:
-# python3 dev/export_hf.py data/gpt2/tuned.safetensors FOLDER
+# has GPT-2's own vocab.bpe and encoder.json. KV_RANK: the latent's, at most GPT2's channels;
+# TUNING: options of its training. Models of a run before are kept as .old. The new one for
+# transformers: python3 dev/export_hf.py data/gpt2/tuned.safetensors FOLDER
 GPT2      ?= openai-community/gpt2
 GPT2_DATA ?= --gpt2
 KV_RANK   ?= 384
