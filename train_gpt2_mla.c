@@ -2066,15 +2066,18 @@ static int takes_output(int fd) {  // without waiting for a reader
     return poll(&p, 1, 0) != 0;
 }
 
+// One line, whatever signs a file's name or text has.
 static void print_error(const char *format, va_list args) {
+    char text[3 * PATH_MAX];
+    vsnprintf(text, sizeof text, format, args);
+    for (char *p = text; *p; p++)
+        if ((unsigned char)*p < ' ') *p = '?';
     if (!stop_signal || takes_output(1)) fflush(stdout);
     if (stop_signal && !takes_output(2)) return;
     if (line_is_drawn) fputc('\n', stderr);
     line_is_drawn = 0;
     if (rank) fprintf(stderr, "rank %d of ", rank);  // [MPI]
-    fputs("train_gpt2_mla: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    fprintf(stderr, "train_gpt2_mla: %s\n", text);
 }
 
 static void fail(int status, const char *format, ...) {
@@ -3022,6 +3025,11 @@ static Tokenizer tokenizer_load(const char *path) {
     return t;
 }
 
+static int same_tokens(const Tokenizer *a, const Tokenizer *b) {
+    return a->V == b->V && !memcmp(a->start, b->start, (a->V + 1) * sizeof *a->start) &&
+           !memcmp(a->bytes, b->bytes, a->start[a->V]);
+}
+
 static void tokenizer_free(Tokenizer *t) { free(t->bytes), free(t->start), free(t->table); }
 
 // How many bytes follow the first byte of a character in UTF-8; 0 also if c is no such byte.
@@ -3240,6 +3248,7 @@ static const char *link_target(const char *path) {
 typedef struct {
     const char *option, *path;
     char *lock, *old;  // old: NULL if there is nothing to keep
+    char *beside;      // a checkpoint that could not have the name
     struct stat is;    // of the lock
     long step, saved;  // of a checkpoint that is to be kept, 0: unknown; of this run's own, or -1
     int kept;
@@ -3263,12 +3272,24 @@ static int name_old(Held *h) {
     }
 }
 
-// Whether `name` is one that the writer of `path` takes for itself.
+// Whether `name` is one that the writer of `path` takes for itself, by whatever way its folder is
+// named.
 static int is_helper(const char *name, const char *path) {
-    size_t n = strlen(path);
-    const char *ending = name + n;
-    return !strncmp(name, path, n) &&
-           (!strcmp(ending, ".tmp") || !strcmp(ending, ".lock") || !strncmp(ending, ".old", 4));
+    const char *of[] = {name, path}, *last[2];
+    struct stat folder[2] = {0};
+    for (int i = 0; i < 2; i++) {
+        const char *slash = strrchr(of[i], '/');
+        last[i] = slash ? slash + 1 : of[i];
+        char *copy = with_ending(of[i], "");
+        copy[last[i] - of[i]] = 0;
+        stat(*copy ? copy : ".", &folder[i]);
+        free(copy);
+    }
+    size_t n = strlen(last[1]);
+    const char *ending = last[0] + n;
+    return folder[0].st_ino == folder[1].st_ino && folder[0].st_dev == folder[1].st_dev &&
+           !strncmp(last[0], last[1], n) &&
+           (!strncmp(ending, ".tmp", 4) || !strcmp(ending, ".lock") || !strncmp(ending, ".old", 4));
 }
 
 // The step that a checkpoint of this program says it is from; 0 if none.
@@ -3295,7 +3316,9 @@ static void hold_file(const char *option, const char *path, int continued) {
                  o->option, o->path);
     for (int fd;; close(fd)) {
         fd = open(h->lock, O_RDWR | O_CREAT | O_NOFOLLOW, 0666);
-        if (fd < 0 || fstat(fd, &h->is)) fail(1, "%s: cannot write: %s", path, strerror(errno));
+        if (fd < 0 || fstat(fd, &h->is))
+            fail(1, "%s: cannot write: %s", errno == EACCES && !lstat(h->lock, &there) ? h->lock
+                 : path, strerror(errno));
         if (h->is.st_size) fail(1, "%s: exists and is no lock of this program", h->lock);
         if (fcntl(fd, F_SETLK, &lock) && (errno == EACCES || errno == EAGAIN)) {
             fcntl(fd, F_GETLK, &lock);
@@ -3316,9 +3339,9 @@ static void hold_file(const char *option, const char *path, int continued) {
     h->step = step_in(path);
 }
 
-// Before a file is replaced by one of `step`: what is not this run's own is put aside. Two names for
-// one file, where there can be such, leave no moment without either. Returns whether nothing is lost
-// by replacing it now; if not, errno says why.
+// Before a file is replaced by one of `step`: what is not this run's own is put aside. Two names
+// for one file, where there can be such, leave no moment without either. Returns whether nothing is
+// lost by replacing it now; if not, errno says why.
 static int keep_old(const char *path, long step) {
     for (Held *h = held; h < held + n_held; h++) {
         if (strcmp(h->path, path)) continue;
@@ -3364,13 +3387,40 @@ static void check_replaceable(const char *path, const char *kind, const char *li
     fclose(f);
 }
 
+// Opens path.tmp, or the first free of path.tmp2, path.tmp3, ...: what bears such a name, if only a
+// link, is somebody's.
+static FILE *open_temporary(const char *path, char **name) {
+    char ending[20] = ".tmp";
+    for (int i = 2;; i++) {
+        *name = with_ending(path, ending);
+        int fd = open(*name, O_WRONLY | O_CREAT | O_EXCL, 0666);
+        if (fd >= 0) return fdopen(fd, "wb");
+        if (errno != EEXIST) return NULL;
+        free(*name);
+        snprintf(ending, sizeof ending, ".tmp%d", i);
+    }
+}
+
+// A complete checkpoint that cannot have its name, as that is taken, is kept beside it as what was
+// there would be; of such ones the last. Returns its name, NULL if it has none.
+static const char *put_beside(const char *path, const char *temporary) {
+    for (Held *h = held; h < held + n_held; h++) {
+        if (strcmp(h->path, path)) continue;
+        if (!name_old(h) || rename(temporary, h->old)) return NULL;
+        if (h->beside) unlink(h->beside), free(h->beside);
+        return h->beside = with_ending(h->old, "");
+    }
+    return NULL;
+}
+
 static const char checkpoint_start[] = "{\"__metadata__\":{\"format\":\"train_gpt2_mla\"";
 
 // Fails if a checkpoint could not be written to `path`: better before the training than after it.
 static void check_writable(const char *path) {
     char *temporary = with_ending(path, ".tmp");
     check_replaceable(temporary, "checkpoint", checkpoint_start, NULL, 8, 1);
-    FILE *f = fopen(temporary, "wb");
+    unlink(temporary), free(temporary);  // what a killed run left
+    FILE *f = open_temporary(path, &temporary);
     if (!f) fail(1, "%s: cannot write: %s", path, strerror(errno));
     fclose(f);
     unlink(temporary);
@@ -3390,8 +3440,9 @@ static void hold_checkpoint(const char *option, const char *path, int continued)
 // Returns whether it was written; if not, says so.
 static int checkpoint_save(const Model *m, const char *path, long step, const char *settings,
                            const char *more) {
-    char *temporary = with_ending(path, ".tmp");
-    FILE *f = fopen(temporary, "wb");
+    char *temporary;
+    const char *beside = NULL;
+    FILE *f = open_temporary(path, &temporary);
     struct stat st;
     if (!f) return warn("%s: cannot write: %s", temporary, strerror(errno)), free(temporary), 0;
     if (!stat(path, &st)) fchmod(fileno(f), st.st_mode & 07777);
@@ -3432,10 +3483,15 @@ static int checkpoint_save(const Model *m, const char *path, long step, const ch
     ok = ok && !ferror(f) && !fflush(f) && !fsync(fileno(f));
     int error = errno;
     if (fclose(f) && ok) error = errno, ok = 0;
-    if (ok && (!keep_old(path, step) || rename(temporary, path))) error = errno, ok = 0;
+    if (ok && (!keep_old(path, step) || rename(temporary, path))) {
+        error = errno, ok = 0;
+        beside = put_beside(path, temporary);
+    }
     if (!ok) {
         unlink(temporary);
-        warn("%s: not written: %s (a file of that name is as it was)", path, strerror(error));
+        warn("%s: not written: %s (%s%s)", path, strerror(error),
+             beside ? "the checkpoint is " : "a file of that name is as it was",
+             beside ? beside : "");
     }
     free(temporary);
     return ok;
@@ -3899,7 +3955,10 @@ static FILE *log_resume(const char *path, const Model *m, long done, Outputs *ou
     FILE *f = fopen(path, "a+b");
     if (!f) fail(1, "%s: cannot write: %s", path, strerror(errno));
     rewind(f);
-    while (fgets(row, sizeof row, f) && strchr(row, '\n') && (kept == 0 || atol(row) <= done)) {
+    while (fgets(row, sizeof row, f) && (kept == 0 || atol(row) <= done)) {
+        if (!strchr(row, '\n') && !feof(f))
+            fail(1, "%s: a line of over %zu bytes; will not go on with it", path, sizeof row - 2);
+        if (!strchr(row, '\n')) break;  // cut short
         size_t length = strlen(out->settings);
         is = row + strlen(settings_are);
         if (!strncmp(row, settings_are, is - row) &&
@@ -3939,8 +3998,11 @@ static FILE *log_start(const char *path, const Model *m, const char *settings) {
 static void log_row(Outputs *out, const Model *m, const Options *o, const Step *s,
                     const Evaluation *e, double time) {
     if (!o->log || out->log_lost) return;
+    struct stat is;
     if (!out->log) out->log = log_start(o->log, m, out->settings);
-    if (out->log) {
+    if (out->log && !fstat(fileno(out->log), &is) && !is.st_nlink)
+        errno = ENOENT;  // removed or replaced: its rows would be nowhere
+    else if (out->log) {
         fprintf(out->log, "%ld,%.6f,%.6e,%.6f,", s->number, s->loss, s->lr, s->norm);
         if (!isnan(e->loss)) fprintf(out->log, "%.6f", e->loss);
         fprintf(out->log, ",%.0f,%.3f\n", s->rate, out->seconds + time);
@@ -3951,13 +4013,16 @@ static void log_row(Outputs *out, const Model *m, const Options *o, const Step *
     out->log = NULL, out->log_lost = 1;
 }
 
-// Whether a --save-best file is of the run with these outputs.
-static int is_best_of(const char *path, const Outputs *out) {
+// Whether a --save-best file is of the run with these outputs, which has done so many steps: that
+// of its lowest loss, or of a later one that was saved before a kill. (After the same command was
+// started over, a file of the same run may be from before its lowest loss.)
+static int is_best_of(const char *path, const Outputs *out, long done) {
     if (access(path, F_OK)) return 0;
     Checkpoint k = checkpoint_open(path);
+    long step = step_in(path);
     const char *run = checkpoint_meta(&k, "run"), *validation = checkpoint_meta(&k, "validation");
     int same = run && validation && !strcmp(run, out->settings) &&
-               !strcmp(validation, out->validation);
+               !strcmp(validation, out->validation) && (step == out->best_step || step > done);
     checkpoint_close(&k);
     return same;
 }
@@ -3988,9 +4053,9 @@ static Outputs open_outputs(const Options *o, const Model *m, const char *settin
         hold_file("--log", log, o->resume);
     }
     if (o->save) hold_checkpoint("--save", o->save, o->resume);
-    int own = o->resume && o->save_best && is_best_of(o->save_best, &out);
-    if (o->save_best) hold_checkpoint("--save-best", o->save_best, own);
     if (o->resume) restore_validation(&out, o->save);
+    int own = o->resume && o->save_best && is_best_of(o->save_best, &out, done);
+    if (o->save_best) hold_checkpoint("--save-best", o->save_best, own);
     if (o->save_best && !own) out.best = INFINITY, out.best_step = 0;
     int ended = done == o->schedule.steps && (!val->n || out.validated == done);
     if (!log || ended) return out;
@@ -4097,7 +4162,7 @@ static Option options[] = {  // [ATTENTION 1]
      TEXT, &opt.train_data},
     {"--val-data", "the same for validation (the default's: data/tinyshakespeare_val.bin)",
      TEXT, &opt.val_data},
-    {"--tokenizer", "its file (X_tokenizer.bin beside X_train.bin or X_val.bin; else bytes)",
+    {"--tokenizer", "its file (X_tokenizer.bin beside X.safetensors, X_train.bin or X_val.bin)",
      TEXT, &opt.tokenizer, .modes = ALL},
     {"--order", "batches at random or sequential places (random)",
      CHOICE, &opt.order, 0, 0, order_names, TRAIN},
@@ -4286,13 +4351,18 @@ static void check_schedule(const Inputs *in) {
         fail(2, "--steps 0: expected no %s", opt.log ? "--log" : "--save-best");
 }
 
-// X_tokenizer.bin, if there is one, for data named X_train.bin or X_val.bin; else NULL.
-static const char *tokenizer_beside(const char *data) {
-    static char path[PATH_MAX];
-    const char *end = data ? strrchr(data, '_') : NULL;
-    if (!end || (strcmp(end, "_train.bin") && strcmp(end, "_val.bin"))) return NULL;
-    snprintf(path, sizeof path, "%.*s_tokenizer.bin", (int)(end - data), data);
-    return access(path, R_OK) ? NULL : path;
+// X_tokenizer.bin, if there is one, for X.safetensors, X_train.bin or X_val.bin; else NULL.
+static char *tokenizer_beside(const char *file) {
+    static const char *const endings[] = {".safetensors", "_train.bin", "_val.bin"};
+    for (int i = 0; file && i < 3; i++) {
+        size_t n = strlen(file), length = strlen(endings[i]);
+        if (n < length || strcmp(file + n - length, endings[i])) continue;
+        char *path = with_ending(file, "_tokenizer.bin");
+        strcpy(path + n - length, "_tokenizer.bin");
+        if (!access(path, R_OK)) return path;
+        free(path);
+    }
+    return NULL;
 }
 
 static Inputs open_inputs(void) {
@@ -4302,7 +4372,8 @@ static Inputs open_inputs(void) {
         opt.train_data = prepared, opt.val_data = "data/tinyshakespeare_val.bin";
         in.prepared = 1;
     }
-    if (!in.named)
+    if (!in.named) opt.tokenizer = tokenizer_beside(opt.resume ? opt.save : opt.load);
+    if (!opt.tokenizer)
         opt.tokenizer = tokenizer_beside(opt.train_data ? opt.train_data : opt.val_data);
     in.tokenizer = opt.tokenizer ? tokenizer_load(opt.tokenizer) : tokenizer_bytes(256);
     if (generating() || (training() && !updating() && !opt.train_data)) return in;  // none needed
@@ -4326,6 +4397,14 @@ static void check_data(const Data *d, const Model *m, const Tokenizer *tokenizer
     if (d->largest >= m->c.V)
         fail(1, "%s: token %d, expected less than the model's vocabulary, %d: made with another "
              "tokenizer?", d->path, d->largest, m->c.V);
+    char *beside = opt.tokenizer ? tokenizer_beside(d->path) : NULL;
+    if (beside && strcmp(beside, opt.tokenizer)) {
+        Tokenizer other = tokenizer_load(beside);
+        if (!same_tokens(&other, tokenizer))
+            fail(1, "%s: its tokens are those of %s, not of %s", d->path, beside, opt.tokenizer);
+        tokenizer_free(&other);
+    }
+    free(beside);
     if (d->n < needed)
         fail(1, "%s: %ld tokens, expected at least %ld for a batch", d->path, d->n, needed);
 }
@@ -4336,9 +4415,11 @@ static void check_inputs(Inputs *in, const Model *m) {
     int known = in->tokenizer.V, meant = in->named || opt.config.V != -1;
     if (!in->named && in->prepared && V <= 256 && known != V)
         opt.tokenizer = NULL;  // a byte model, beside other data
-    if (opt.tokenizer && (known > V || (known < V && !meant)))
-        fail(1, "%s: vocabulary %d, the model's is %d: made with another --tokenizer?",
-             opt.tokenizer, known, V);
+    int padded = V == round_up(known, 64) || V == round_up(known, 128);
+    if (opt.tokenizer && (known > V || (known < V && !meant && !padded)))
+        fail(1, "%s: vocabulary %d, the model's is %d: %s", opt.tokenizer, known, V,
+             in->named ? "made with another --tokenizer?" :
+             generating() ? "expected --tokenizer FILE" : "expected data of the model's tokenizer");
     if (!opt.tokenizer) {  // then tokens are bytes, but for those in a file of a larger vocabulary
         int bytes = V <= 256 || in->train.text || in->val.text;
         tokenizer_free(&in->tokenizer);

@@ -130,6 +130,9 @@ row 2 '--steps 0: expected no --log' $tiny --train-data text --steps 0 --log z
 row 2 '--steps 0: expected no --save-best' \
     $tiny --train-data text --val-data text --steps 0 --save-best z
 row 2 '--load m.tmp: --save m writes it' --load m.tmp --save m --train-data text
+row 2 '--load ./m.tmp2: --save m writes it' --load ./m.tmp2 --save m --train-data text
+row 1 'a?b: cannot open: No such file or directory' --load 'a
+b' --train-data text
 
 # The model's shape
 
@@ -245,7 +248,7 @@ row 2 "--generate: expected --tokenizer FILE, the model's vocabulary is 300" \
 row 1 "text: token 117, expected less than the model's vocabulary, 2: $hint" \
     --load two --eval --val-data text --tokenizer tok
 cp tok x_tokenizer.bin; cp text x_train.bin
-row 1 "x_tokenizer.bin: vocabulary 2, the model's is 256: made with another --tokenizer?" \
+row 1 "x_tokenizer.bin: vocabulary 2, the model's is 256: expected data of the model's tokenizer" \
     --load model --train-data x_train.bin
 holds "a vocabulary padded on purpose" $RUN "$program" $tiny --train-data x_train.bin \
     --vocab-size 256 --steps 1
@@ -292,6 +295,25 @@ $RUN "$program" $tiny --train-data end_train.bin --vocab-size 6 --steps 150 --sa
 $RUN "$program" --load end --tokenizer line_tokenizer.bin --generate 7 --temperature 0 \
     --prompt a >out 2>err
 holds "end-of-text ends a text, and is not printed" [ "$(cat out)" = abcd ]
+
+# Whose tokens they are
+
+cp line line.safetensors
+$RUN "$program" --load line.safetensors --generate 8 --temperature 0 >out 2>err
+holds "the tokenizer beside a model is taken" [ "$(sed 1q out)" = abcd ]
+{ header 20240328 2 6 5; printf '\001b\001a\001c\001d\001\n\003end'; } >swapped_tokenizer.bin
+row 1 'line_train.bin: its tokens are those of line_tokenizer.bin, not of swapped_tokenizer.bin' \
+    --load line --train-data line_train.bin --tokenizer swapped_tokenizer.bin
+cp line swapped.safetensors
+row 1 'line_train.bin: its tokens are those of line_tokenizer.bin, not of swapped_tokenizer.bin' \
+    --load swapped.safetensors --eval --val-data line_train.bin
+cp line_tokenizer.bin same
+holds "the same tokenizer elsewhere" $RUN "$program" --load line --eval --val-data line_train.bin \
+    --tokenizer same
+for V in 64 128; do
+    $RUN "$program" $tiny --steps 0 --vocab-size $V --save padded >out
+    holds "a vocabulary padded to $V" $RUN "$program" --load padded --eval --val-data line_train.bin
+done
 
 # Checkpoints
 
@@ -489,6 +511,7 @@ row 2 "--save-best y: too near to --log y.tmp$beside" \
 row 2 "--save-best m.tmp: too near to --save m$beside" \
     $trained --save m --save-best m.tmp --val-data text
 row 2 "--save m: too near to --log m.lock$beside" $trained --log m.lock --save m
+row 2 "--save m: too near to --log $PWD/m.lock$beside" $trained --log "$PWD/m.lock" --save m
 row 2 "--save m: too near to --log m.old2$beside" $trained --log m.old2 --save m
 cp text new.tmp
 row 1 'new.tmp: exists and is no checkpoint of this program; will not replace it' \

@@ -210,6 +210,15 @@ slow="$tiny --steps 9 --grad-accum 65536 --batch-size 64"
 $RUN "$program" $slow --save m --log m.csv >out 2>err & started=$!
 until grep -qs threads out; do :; done; kill -s KILL $started; wait $started 2>/dev/null
 holds "killed before its first step: log and checkpoint stay" cmp m.csv was
+rm -f m m.*; begin $endless --save m --log m.csv; rm m.csv; sleep 0.2; kill $started; wait $started
+holds "a log that was removed: said" \
+    says err 'm.csv: cannot write: No such file or directory; the run goes on without it$'
+rm -f m m.*; begin $endless --save m --log m.csv; kill $started; wait $started
+awk 'NR == 3 { $0 = sprintf("# %3000s", "") } 1' m.csv >long.csv; cp long.csv m.csv
+run $endless --save m --log m.csv --resume >out 2>err
+holds "a log with a long line: line" \
+    says err '^train_gpt2_mla: m.csv: a line of over 2046 bytes; will not go on with it$'
+holds "a log with a long line: as it was" cmp m.csv long.csv
 rm -f m m.*; begin $endless --save m --log m.csv; kill $started; wait $started
 grep -v '^#' m.csv >older.csv  # as earlier versions began it; the next rows are of steps not saved
 cp older.csv m.csv; step=$(step_in m)
@@ -229,8 +238,12 @@ until [ -e m.old ] || ! kill -0 $started; do :; done; kill $started; wait $start
 holds "a checkpoint put there during the run: is kept" [ "$(step_in m.old)" = 20 ]
 holds "a checkpoint put there during the run: said" \
     says err '^train_gpt2_mla: m: not what this run saved; kept as m.old$'
-holds "a checkpoint put there during the run: said at the end" says out '^m.old has step 20 of before'
+holds "a checkpoint put there during the run: said at the end" \
+    says out '^m.old has step 20 of before'
 holds "what the run itself saved is not kept" [ ! -e m.old2 ]
+rm -f m*; begin $endless --save m; echo mine >mine; ln -s mine m.tmp; kill $started; wait $started
+holds "a link put at m.tmp during the run: not followed" [ "$(cat mine)" = mine -a -h m.tmp ]
+holds "a link put at m.tmp during the run: saved" opens m
 
 # --- What the user has set
 
@@ -299,6 +312,15 @@ if disk 40k true; then
     holds "best's disk full: not called saved" lacks out 'saved full/b'
     disk 8k $RUN "$program" $tiny --steps 0 --vocab-size 256 --save full/m
     holds "initial model, disk full: exit status" [ $? = 1 ]
+    cat >held <<'END'
+>full/m; mount --bind full/m full/m; "$@"; status=$?; umount full/m; exit $status
+END
+    disk 400k sh held $RUN "$program" $tiny --steps 40 --save-every 5 --save full/m
+    holds "a name that cannot be had: exit status" [ $? = 1 ]
+    holds "a name that cannot be had: said" says err \
+        '^train_gpt2_mla: full/m: not written: .* (the checkpoint is full/m.old)$'
+    holds "a name that cannot be had: the last is kept" \
+        [ "$(cd kept; echo m.*) $(step_in kept/m.old)" = "m.old 40" ]
 else echo "runs: not run: full disk (no right to mount one here)"; fi
 
 # --- Numbers that overflow
@@ -382,6 +404,12 @@ holds "--save-best goes on from the best there is" cmp b before
 holds "--save-best that is the run's own is not put aside" [ ! -e b.old ]
 validated --val-data other --save m --save-best b --resume
 holds "a best on other data is put aside" cmp b.old before
+rm -f m* b*; validated --val-data text --save m --save-best b; cp b early
+begin $endless --val-data text --val-every 5 --save m --save-best b --resume
+until [ "$(step_in b)" != "$(step_in early)" ]; do sleep 0.02; done; kill $started; wait $started
+cp early b; validated --val-data text --save m --save-best b --resume
+holds "a best from before the lowest loss is put aside" \
+    says out "^b: holds step $(step_in early); the first save keeps it as b.old$"
 rm -f m* b*; run $tiny --steps 9 --val-data text --save-best b --seed 2 >out; cp b before
 validated --val-data text --save m
 validated --val-data text --save m --save-best b --resume
