@@ -261,16 +261,17 @@ def convert_table():
 
 
 def convert_pairs_table():
-    """Differences by seed, each with an interval by itself"""
+    """Differences by seed; the intervals of a column hold together"""
     found, lines = rewritten_losses(), []
+    rows = len(MLA_OF) * len(experiments.RANKS_KEPT)
     pairs = [("fine-tuned, by data", "fine-tuned, by weights"),
              ("fine-tuned, by data", "from scratch, layernorm")]
     for kind in MLA_OF:
         for R in experiments.RANKS_KEPT:
             own = {name: found[fate_row(row, kind, R)] for name, row in FATES}
             exact = found[f"{kind} to rank {max(experiments.RANKS_KEPT)}"]
-            cells = [compare.paired(own["fine-tuned, by data"], exact, 1)]
-            cells += [compare.paired(own[a], own[b], 1) for a, b in pairs]
+            cells = [compare.paired(own["fine-tuned, by data"], exact, rows)]
+            cells += [compare.paired(own[a], own[b], rows) for a, b in pairs]
             lines.append([f"{kind}, R = {R}", *("" if c["half"] is None else difference(c)
                                                 for c in cells)])
     return markdown(["fine-tuned, by data, less", "that of R = C, by weights",
