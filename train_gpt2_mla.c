@@ -3260,16 +3260,17 @@ static void release_files(void) {
     while (n_held) unlink(held[--n_held].lock);
 }
 
-// path.old, or the first free of path.old2, path.old3, ... Returns whether there is one.
-static int name_old(Held *h) {
-    char ending[20] = ".old";
+// The first of path.old, path.old2, path.old3, ... (or of .tmp, ...) that nothing bears, not even a
+// link.
+static char *free_name(const char *path, const char *ending) {
     struct stat st;
-    for (int i = 2;; i++) {
-        free(h->old);
-        h->old = with_ending(h->path, ending);
-        if (lstat(h->old, &st)) return errno == ENOENT;
-        snprintf(ending, sizeof ending, ".old%d", i);
+    char *name = with_ending(path, ending), numbered[20];
+    for (int i = 2; !lstat(name, &st); i++) {
+        free(name);
+        snprintf(numbered, sizeof numbered, "%s%d", ending, i);
+        name = with_ending(path, numbered);
     }
+    return name;
 }
 
 // Whether `name` is one that the writer of `path` takes for itself, by whatever way its folder is
@@ -3334,8 +3335,7 @@ static void hold_file(const char *option, const char *path, int continued) {
     if (!n_held++) atexit(release_files);
     h->saved = continued ? step_in(path) : -1;
     if (continued || stat(path, &there) || !there.st_size) return;
-    if (!name_old(h)) fail(1, "%s: what is there cannot be kept as %s: %s", path, h->old,
-                           strerror(errno));
+    h->old = free_name(path, ".old");
     h->step = step_in(path);
 }
 
@@ -3350,12 +3350,11 @@ static int keep_old(const char *path, long step) {
         h->saved = step;
         if (found == own || stat(path, &is) || !is.st_size) continue;
         int late = !h->old || h->kept;  // put there since the run began
-        if (late && !name_old(h)) return 0;
-        if (late) h->step = found;
+        if (late) free(h->old), h->old = free_name(path, ".old"), h->step = found;
         while (link(path, h->old)) {
             if (errno != EEXIST && rename(path, h->old)) return 0;
             if (errno != EEXIST) break;
-            if (!name_old(h)) return 0;
+            free(h->old), h->old = free_name(path, ".old");
         }
         h->kept = 1;
         if (late) warn("%s: not what this run saved; kept as %s", path, h->old);
@@ -3387,18 +3386,10 @@ static void check_replaceable(const char *path, const char *kind, const char *li
     fclose(f);
 }
 
-// Opens path.tmp, or the first free of path.tmp2, path.tmp3, ...: what bears such a name, if only a
-// link, is somebody's.
 static FILE *open_temporary(const char *path, char **name) {
-    char ending[20] = ".tmp";
-    for (int i = 2;; i++) {
-        *name = with_ending(path, ending);
-        int fd = open(*name, O_WRONLY | O_CREAT | O_EXCL, 0666);
-        if (fd >= 0) return fdopen(fd, "wb");
-        if (errno != EEXIST) return NULL;
-        free(*name);
-        snprintf(ending, sizeof ending, ".tmp%d", i);
-    }
+    *name = free_name(path, ".tmp");
+    int fd = open(*name, O_WRONLY | O_CREAT | O_EXCL, 0666);
+    return fd < 0 ? NULL : fdopen(fd, "wb");
 }
 
 // A complete checkpoint that cannot have its name, as that is taken, is kept beside it as what was
@@ -3406,9 +3397,11 @@ static FILE *open_temporary(const char *path, char **name) {
 static const char *put_beside(const char *path, const char *temporary) {
     for (Held *h = held; h < held + n_held; h++) {
         if (strcmp(h->path, path)) continue;
-        if (!name_old(h) || rename(temporary, h->old)) return NULL;
-        if (h->beside) unlink(h->beside), free(h->beside);
-        return h->beside = with_ending(h->old, "");
+        char *before = h->beside;
+        h->beside = free_name(path, ".old");
+        if (rename(temporary, h->beside)) return NULL;
+        if (before) unlink(before), free(before);
+        return h->beside;
     }
     return NULL;
 }
