@@ -3317,9 +3317,10 @@ static void hold_file(const char *option, const char *path, int continued) {
                  o->option, o->path);
     for (int fd;; close(fd)) {
         fd = open(h->lock, O_RDWR | O_CREAT | O_NOFOLLOW, 0666);
-        if (fd < 0 || fstat(fd, &h->is))
-            fail(1, "%s: cannot write: %s", errno == EACCES && !lstat(h->lock, &there) ? h->lock
-                 : path, strerror(errno));
+        if (fd < 0 || fstat(fd, &h->is)) {
+            int error = errno, of_another = error == EACCES && !lstat(h->lock, &there);
+            fail(1, "%s: cannot write: %s", of_another ? h->lock : path, strerror(error));
+        }
         if (h->is.st_size) fail(1, "%s: exists and is no lock of this program", h->lock);
         if (fcntl(fd, F_SETLK, &lock) && (errno == EACCES || errno == EAGAIN)) {
             fcntl(fd, F_GETLK, &lock);
