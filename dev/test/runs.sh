@@ -221,7 +221,7 @@ holds "a log with a long line: line" \
 holds "a log with a long line: as it was" cmp m.csv long.csv
 rm -f m m.*; begin $endless --save m --log m.csv; kill $started; wait $started; printf 1 >>m.csv
 begin $endless --save m --log m.csv --resume; kill $started; wait $started
-holds "a row that was cut short goes" awk -F, '/^[0-9]/ && NF != 7 { exit 1 }' m.csv
+holds "a row that was cut short goes" awk -F, '/^[0-9]/ && $1 != ++n { exit 1 }' m.csv
 rm -f m m.*; begin $endless --save m --log m.csv; kill $started; wait $started
 grep -v '^#' m.csv >older.csv  # as earlier versions began it; the next rows are of steps not saved
 cp older.csv m.csv; step=$(step_in m)
