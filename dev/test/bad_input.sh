@@ -307,6 +307,9 @@ row 1 'line_train.bin: its tokens are those of line_tokenizer.bin, not of swappe
 cp line swapped.safetensors
 row 1 'line_train.bin: its tokens are those of line_tokenizer.bin, not of swapped_tokenizer.bin' \
     --load swapped.safetensors --eval --val-data line_train.bin
+{ header 20240328 2 7 5; tail -c +1025 line_tokenizer.bin; printf '\001e'; } >longer
+row 1 'line_train.bin: its tokens are those of line_tokenizer.bin, not of longer' \
+    $tiny --train-data line_train.bin --tokenizer longer
 cp line_tokenizer.bin same
 holds "the same tokenizer elsewhere" $RUN "$program" --load line --eval --val-data line_train.bin \
     --tokenizer same
