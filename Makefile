@@ -91,8 +91,7 @@ finetune: train_gpt2_mla
 	    --sample-every 100 --learning-rate 5e-5 --batch-size 4 --seq-len 64 $(TUNING) \
 	    --save data/gpt2/tuned.safetensors
 	cp data/gpt2/tinyshakespeare_tokenizer.bin data/gpt2/tuned_tokenizer.bin
-	./train_gpt2_mla --load data/gpt2/tuned.safetensors --generate 200 --prompt "ROMEO:" \
-	    --tokenizer data/gpt2/tuned_tokenizer.bin
+	./train_gpt2_mla --load data/gpt2/tuned.safetensors --generate 200 --prompt "ROMEO:"
 
 page:
 	python3 dev/page.py
