@@ -3340,16 +3340,15 @@ static void hold_file(const char *option, const char *path, int continued) {
     h->step = step_in(path);
 }
 
-// Before a file is replaced by one of `step`: what is not this run's own is put aside. Two names
-// for one file, where there can be such, leave no moment without either. Returns whether nothing is
-// lost by replacing it now; if not, errno says why.
-static int keep_old(const char *path, long step) {
+// Before a file is replaced: what is not this run's own is put aside. Two names for one file, where
+// there can be such, leave no moment without either. Returns whether nothing is lost by replacing
+// it now; if not, errno says why.
+static int keep_old(const char *path) {
     for (Held *h = held; h < held + n_held; h++) {
         if (strcmp(h->path, path)) continue;
         struct stat is;
-        long found = step_in(path), own = h->saved;
-        h->saved = step;
-        if (found == own || stat(path, &is) || !is.st_size) continue;
+        long found = step_in(path);
+        if (found == h->saved || stat(path, &is) || !is.st_size) continue;
         int late = !h->old || h->kept;  // put there since the run began
         if (late) free(h->old), h->old = free_name(path, ".old"), h->step = found;
         while (link(path, h->old)) {
@@ -3477,7 +3476,7 @@ static int checkpoint_save(const Model *m, const char *path, long step, const ch
     ok = ok && !ferror(f) && !fflush(f) && !fsync(fileno(f));
     int error = errno;
     if (fclose(f) && ok) error = errno, ok = 0;
-    if (ok && (!keep_old(path, step) || rename(temporary, path))) {
+    if (ok && (!keep_old(path) || rename(temporary, path))) {
         error = errno, ok = 0;
         beside = put_beside(path, temporary);
     }
@@ -3487,6 +3486,8 @@ static int checkpoint_save(const Model *m, const char *path, long step, const ch
              beside ? "the checkpoint is " : "a file of that name is as it was",
              beside ? beside : "");
     }
+    for (Held *h = held; ok && h < held + n_held; h++)
+        if (!strcmp(h->path, path)) h->saved = step;
     free(temporary);
     return ok;
 }
@@ -3982,7 +3983,7 @@ static void log_validation(Outputs *out, double loss) {
 static FILE *log_start(const char *path, const Model *m, const char *settings) {
     struct stat st;
     int replaces = !stat(path, &st);
-    if (replaces && (!keep_old(path, 0) || (unlink(path) && errno != ENOENT))) return NULL;
+    if (replaces && (!keep_old(path) || (unlink(path) && errno != ENOENT))) return NULL;
     FILE *f = fopen(path, "ab");  // what others append, or cut, leaves no holes
     if (f && replaces) fchmod(fileno(f), st.st_mode & 07777);
     if (f) log_begin(f, m, settings);
